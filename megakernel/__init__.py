@@ -1,0 +1,1 @@
+"""The layer as one persistent Triton launch."""
