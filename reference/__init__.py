@@ -27,3 +27,19 @@ Maps read ``value_of_INDEX``: ``expert_of_P[p]`` is the expert in slot p (vLLM a
 ``physical_to_logical_map``, EPLB ``phy2log``), ``slot_of_TK[t, k]`` the slot that serves choice k of
 token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, ``_bytes``.
 """
+
+from reference.moe import expert_ffn, moe, moe_by_expert, moe_by_token
+from reference.parallel import moe_by_rank
+from reference.router import Routing, route, select, weigh
+
+__all__ = [
+    "Routing",
+    "expert_ffn",
+    "moe",
+    "moe_by_expert",
+    "moe_by_rank",
+    "moe_by_token",
+    "route",
+    "select",
+    "weigh",
+]
