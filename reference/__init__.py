@@ -19,13 +19,13 @@ I      expert intermediate width (gate and up: 2I)  P, Q   physical slots over a
 E      logical experts                                     (P = R·Q)
 ====== ============================================ ====== =======================================
 
-Words. A *logical expert* is a set of weights. A *slot* is a place that holds one copy of an expert.
-A *replica* is one of the copies. A *placement* says which expert each slot holds. *Load* counts
-assignments. *Imbalance* is max over ranks / mean over ranks.
+Words. A *logical expert* is a set of weights. A *slot* is a place that holds one copy of an
+expert. A *replica* is one of the copies. A *placement* says which expert each slot holds. *Load*
+counts assignments. *Imbalance* is max over ranks / mean over ranks.
 
 Maps read ``value_of_INDEX``: ``expert_of_P[p]`` is the expert in slot p (vLLM and SGLang call it
-``physical_to_logical_map``, EPLB ``phy2log``), ``slot_of_TK[t, k]`` the slot that serves choice k of
-token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, ``_bytes``.
+``physical_to_logical_map``, EPLB ``phy2log``), ``slot_of_TK[t, k]`` the slot that serves choice k
+of token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, ``_bytes``.
 """
 
 from reference.moe import expert_ffn, moe, moe_by_expert, moe_by_token

@@ -33,7 +33,7 @@ def moe_by_rank(
         y_TH: dtype of ``x_TH``.
 
     Raises:
-        ValueError: if P is not a multiple of ``num_ranks``, or an assignment goes to an empty slot.
+        ValueError: if P is not a multiple of ``num_ranks``, or a choice goes to an empty slot.
     """
     if len(expert_of_P) % num_ranks:
         raise ValueError(f"num_ranks must divide the {len(expert_of_P)} slots, got {num_ranks}")
