@@ -119,10 +119,10 @@ def bytes_moved(
         num_copies: copies installed: weights only.
         num_moves: experts whose home changed: weights, master weights and optimizer state.
         copy_bytes: size of one expert's weights in the compute dtype.
-        state_bytes: what a home move carries in all; 8 × copy_bytes when None, the 16 bytes a
-            parameter of mixed-precision Adam (2 weight, 2 gradient, 4 master, 4 + 4 moments).
+        state_bytes: what a home move carries in all; 7 × copy_bytes when None: 14 bytes for each
+            bf16 parameter under Adam (2 weight, 4 master weight, 4 + 4 moments).
     """
-    per_move_bytes = 8 * copy_bytes if state_bytes is None else state_bytes
+    per_move_bytes = 7 * copy_bytes if state_bytes is None else state_bytes
     return num_copies * copy_bytes + num_moves * per_move_bytes
 
 
