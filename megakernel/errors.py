@@ -1,0 +1,31 @@
+"""What can go wrong inside a launch, in words."""
+
+from megakernel.dispatch import ID_OUT_OF_RANGE, ID_TWICE, SLOT_OF_OTHER_EXPERT
+from megakernel.queue import INPUT_AT, STALL_AT
+from megakernel.schedule import Schedule
+
+
+class MegakernelStall(RuntimeError):
+    """A wait inside the launch ran past its bound; the outputs of that call are not valid."""
+
+
+def describe_stall(words: list[int], schedule: Schedule) -> str:
+    """Say which task waited for which counter."""
+    _, task, counter, seen, target = words[STALL_AT : STALL_AT + 5]
+    return (
+        f"{schedule.describe_task(task)} waited for {schedule.describe_counter(counter)} "
+        f"to reach {target}, saw {seen}; the outputs of that call are not valid"
+    )
+
+
+def describe_bad_input(words: list[int]) -> str:
+    """Say which id or slot the launch skipped, and the rule it broke."""
+    reason, token, choice, value = words[INPUT_AT : INPUT_AT + 4]
+    rule = {
+        ID_OUT_OF_RANGE.value: "expert_of_TK[{0}, {1}] must be an expert id or -1, got {2}",
+        ID_TWICE.value: "expert_of_TK[{0}, {1}] must differ from the token's other ids, got {2}",
+        SLOT_OF_OTHER_EXPERT.value: (
+            "slot_of_TK[{0}, {1}] must be a slot that holds the chosen expert, got {2}"
+        ),
+    }[reason]
+    return rule.format(token, choice, value) + " (skipped by an earlier launch)"

@@ -1,0 +1,117 @@
+"""The one persistent kernel: claim a task, wait for what it needs, do it, say so."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megakernel.dispatch import gate_tile, prefix_bins, scatter_tile
+from megakernel.queue import claim, leave, signal, wait
+from megakernel.schedule import phase_of, tail_of, tile_of
+from megakernel.tiles import combine_tile, ffn1_tile, ffn2_tile
+
+
+class Routing(NamedTuple):
+    """Which experts serve each token. Fields a route does not use are None."""
+
+    expert_of_TK: Tensor  # int32; input when given or replayed, else output
+    gate_TK: Tensor  # input when given, else fp32 output
+    logits_TE: Tensor | None  # fp32 output
+    slot_of_TK: Tensor | None  # int32 input when split is "slot"
+
+
+class Slots(NamedTuple):
+    """Where experts lie; all None when slots are experts."""
+
+    expert_of_P: Tensor | None  # int32, -1 for an empty slot
+    copy_of_P: Tensor | None  # int32, which of its expert's copies a slot holds
+    copies_of_E: Tensor | None  # int32, at least 1
+    slots_of_EV: Tensor | None  # int32, ends in -1
+
+
+class Rows(NamedTuple):
+    """From assignments to rows. The first four are scratch of a live launch."""
+
+    base_GB: Tensor | None  # int32, per token tile and bin: count, then first ordinal
+    total_B: Tensor | None  # int32, assignments per bin
+    rank_TK: Tensor | None  # int32, rank in its bin within the token tile, -1 if skipped
+    tile_start_GP: Tensor | None  # int32, a scatter task's own copy of the slots' first tiles
+    row_of_TK: Tensor  # int32, -1 if skipped
+    assignment_of_C: Tensor  # int32, defined for filled rows
+    expert_of_tile: Tensor  # int32, defined for tiles with rows
+    rows_of_tile: Tensor  # int32, filled rows of a row tile
+
+
+class Control(NamedTuple):
+    """Counters, 128 bytes apart and zero between launches; error words on the device and host."""
+
+    counters: Tensor
+    error: Tensor
+    report: Tensor
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "schedule_id", "num_workers", "max_polls"])
+def moe_kernel(
+    x_TH, router_EH, gate_up, down, routing, slots, rows,
+    h_CI, y_CH, y_TH, control,
+    num_tokens, num_tiles, schedule_id, num_workers, max_polls, C: tl.constexpr,
+):  # fmt: skip
+    """Run the layer's task list.
+
+    Grid: (num_workers,), any number; a program claims tasks until none is left.
+    Reads: x_TH, router_EH, gate_up and down (pointers, or descriptors when C.weight_tma).
+    Writes: y_TH, the outputs in ``routing``, and scratch.
+    Order: see schedule.py; every wait is for lower ids, every signal follows a barrier.
+    Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
+    """
+    token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
+    num_combine = (num_tokens + C.combine_tokens - 1) // C.combine_tokens
+    per_tile: tl.constexpr = C.i_blocks + C.num_groups * C.group_blocks
+    num_tasks = token_tiles + num_tiles * per_tile + C.num_groups * num_combine
+    if not C.replay:
+        num_tasks += C.prefix_blocks + token_tiles
+
+    task = claim(control, C)
+    while task < num_tasks:
+        kind, index = phase_of(task, num_tokens, num_tiles, C)
+        if kind == C.TAIL:
+            is_combine, group, index = tail_of(index, num_tokens, num_tiles, C)
+            if is_combine:
+                ready = wait(
+                    control, C.FIRST_GROUP + group, num_tiles * C.group_blocks,
+                    task, max_polls, C,
+                )  # fmt: skip
+                if C.replay:
+                    ready &= wait(control, C.GATE_DONE, token_tiles, task, max_polls, C)
+                if ready:
+                    combine_tile(
+                        index, group, routing.gate_TK, rows.row_of_TK, y_CH, y_TH, num_tokens, C
+                    )
+            else:
+                tile, block = tile_of(index, num_tiles, C.group_blocks, C.tile_group)
+                counter = C.first_tile_counter + tile
+                if wait(control, counter, C.i_blocks, task, max_polls, C):
+                    ffn2_tile(tile, group * C.group_blocks + block, down, rows, h_CI, y_CH, C)
+                    signal(control, C.FIRST_GROUP + group, C)
+        elif kind == C.FFN1:
+            tile, block = tile_of(index, num_tiles, C.i_blocks, C.tile_group)
+            ready = task >= 0
+            if not C.replay:
+                ready = wait(control, C.SCATTER_DONE, token_tiles, task, max_polls, C)
+            if ready:
+                ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C)
+                signal(control, C.first_tile_counter + tile, C)
+        elif kind == C.GATE:
+            gate_tile(index, x_TH, router_EH, routing, slots, rows, control, num_tokens, C)
+            signal(control, C.GATE_DONE, C)
+        elif not C.replay:
+            if kind == C.PREFIX:
+                if wait(control, C.GATE_DONE, token_tiles, task, max_polls, C):
+                    prefix_bins(index, rows, num_tokens, C)
+                    signal(control, C.PREFIX_DONE, C)
+            elif wait(control, C.PREFIX_DONE, C.prefix_blocks, task, max_polls, C):
+                scatter_tile(index, routing, slots, rows, num_tokens, num_tiles, C)
+                signal(control, C.SCATTER_DONE, C)
+        task = claim(control, C)
+    leave(control, num_workers, C.first_tile_counter + num_tiles, schedule_id, C)

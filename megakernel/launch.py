@@ -1,0 +1,134 @@
+"""From checked arguments to the one launch, directly or as a custom op under torch.compile."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megakernel.config import KernelConfig, resolve_polls, resolve_workers
+from megakernel.kernel import Routing, Rows, Slots, moe_kernel
+from megakernel.schedule import KernelSpec, bound_tiles
+from megakernel.workspace import Workspace, workspace_for
+
+INTERPRETED = isinstance(moe_kernel, InterpretedFunction)
+NO_SLOTS = Slots(None, None, None, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One call's tensors, checked. Fields a route does not use are None."""
+
+    x_TH: Tensor
+    router_EH: Tensor | None
+    gate_up_E2IH: Tensor
+    down_EHI: Tensor
+    routing: Routing
+    slots: Slots
+    replay_rows: Rows | None
+    y_TH: Tensor
+
+
+def make_spec(
+    layer: Layer, route: str, split: str, renormalize: bool, config: KernelConfig
+) -> KernelSpec:
+    """Collect what the compiler must know."""
+    num_experts, hidden, intermediate = layer.down_EHI.shape
+    slots = layer.slots
+    return KernelSpec(
+        route=route,
+        split=split,
+        renormalize=renormalize,
+        top_k=layer.routing.expert_of_TK.shape[1],
+        num_experts=num_experts,
+        num_slots=num_experts if slots.expert_of_P is None else len(slots.expert_of_P),
+        max_copies=1 if slots.slots_of_EV is None else slots.slots_of_EV.shape[1],
+        hidden=hidden,
+        intermediate=intermediate,
+        block_rows=config.block_rows,
+        block_i=config.block_i,
+        block_h=config.block_h,
+        step=config.step,
+        block_tokens=config.block_tokens,
+        block_experts=config.block_experts,
+        select_tokens=config.select_tokens,
+        combine_tokens=config.combine_tokens,
+        column_groups=config.column_groups,
+        tile_group=config.tile_group,
+        num_stages=config.num_stages,
+        weight_tma=fits_tma(layer.gate_up_E2IH) and fits_tma(layer.down_EHI),
+        interpreted=INTERPRETED,
+    )
+
+
+def fits_tma(weight: Tensor) -> bool:
+    """Whether the copy engine can read the weight: base and rows aligned to 16 bytes."""
+    row_bytes = weight.shape[-1] * weight.element_size()
+    return row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
+def stacked(weight_EXY: Tensor, block_rows: int, step: int, weight_tma: bool):  # noqa: ANN201
+    """Return the weight as the kernel takes it: a descriptor of all rows, or the tensor."""
+    if not weight_tma:
+        return weight_EXY
+    rows = weight_EXY.shape[0] * weight_EXY.shape[1]
+    width = weight_EXY.shape[2]
+    return TensorDescriptor(weight_EXY, [rows, width], [width, 1], [block_rows, step])
+
+
+def launch(
+    layer: Layer, route: str, split: str, renormalize: bool, num_tiles: int, config: KernelConfig
+) -> None:
+    """Run the layer: one Triton launch, nothing else, once the workspace is warm.
+
+    Args:
+        layer: checked tensors; outputs are written in place.
+        route: see KernelSpec.
+        split: see KernelSpec.
+        renormalize: whether a token's weights sum to one.
+        num_tiles: row tiles of a replay; ignored otherwise.
+        config: how to cut the work.
+
+    Raises:
+        MegakernelStall, ValueError: what this call reported (CPU), or an earlier one (GPU).
+    """
+    device = layer.x_TH.device
+    spec = make_spec(layer, route, split, renormalize, config)
+    num_tokens = len(layer.x_TH)
+    if route != "replay":
+        num_tiles = bound_tiles(num_tokens * spec.top_k, spec.num_slots, spec.block_rows)
+    workspace = workspace_for(device)
+    if not (workspace.captured and torch.cuda.is_current_stream_capturing()):
+        workspace.raise_errors()
+    num_workers = resolve_workers(config, device)
+    arguments = kernel_arguments(layer, spec, num_tiles, workspace)
+    moe_kernel[(num_workers,)](
+        *arguments, num_workers, resolve_polls(config, device), C=spec, num_warps=config.num_warps
+    )
+    if device.type == "cpu":
+        workspace.raise_errors()
+
+
+def kernel_arguments(
+    layer: Layer, spec: KernelSpec, num_tiles: int, workspace: Workspace
+) -> tuple:
+    """Return the kernel's positional arguments up to the schedule id."""
+    num_tokens = len(layer.x_TH)
+    scratch = workspace.scratch(spec, num_tokens, num_tiles, layer.x_TH.dtype)
+    return (
+        layer.x_TH,
+        layer.router_EH,
+        stacked(layer.gate_up_E2IH, spec.block_i, spec.step, spec.weight_tma),
+        stacked(layer.down_EHI, spec.block_h, spec.step, spec.weight_tma),
+        layer.routing,
+        layer.slots,
+        layer.replay_rows if spec.replay else scratch.rows,
+        scratch.h_CI,
+        scratch.y_CH,
+        layer.y_TH,
+        workspace.control,
+        num_tokens,
+        num_tiles,
+        scratch.schedule_id,
+    )

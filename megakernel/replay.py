@@ -1,0 +1,183 @@
+"""Row tables of a routing that is known ahead of the step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megakernel.config import KernelConfig, default_config
+from megakernel.kernel import Rows, Slots
+from megakernel.placement import Placement, check_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A recorded routing, sorted into rows; valid for one row tile height.
+
+    Attributes:
+        expert_of_TK: [T, K] int32, the forced ids.
+        num_experts: E.
+        block_rows: tile height the rows are padded to.
+        num_tiles: row tiles that hold a row, exactly.
+        rows: the kernel's tables.
+        placement: what the tables were built for.
+    """
+
+    expert_of_TK: Tensor
+    num_experts: int
+    block_rows: int
+    num_tiles: int
+    rows: Rows
+    placement: Placement | None
+
+
+def prepare_replay(
+    expert_of_TK: Tensor,
+    num_experts: int,
+    placement: Placement | None = None,
+    config: KernelConfig | None = None,
+) -> Replay:
+    """Build the row tables of a recorded routing, off the critical path (synchronises).
+
+    A launch with the result has no histogram, prefix or scatter, and starts its expert FFN at
+    once. Weights stay live: the gate computes them for the given ids, which is the gradient
+    semantics of Rollout Routing Replay (arXiv 2510.11370).
+
+    Args:
+        expert_of_TK: [T, K] integer ids in [0, E), distinct within a token; -1 is no expert.
+        num_experts: E.
+        placement: experts in slots; identity when None.
+        config: the config of the launches to come; None for the default.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+    check_routing(expert_of_TK, num_experts, placement)
+    ids_TK = expert_of_TK.int().contiguous()
+    if config is None:
+        # Of the default only the tile height matters here, and 16-bit weights are the rule.
+        config = default_config(ids_TK.numel(), num_experts, torch.bfloat16, ids_TK.device)
+    slot_A, ordinal_A, num_slots = slots_of_assignments(ids_TK, num_experts, placement)
+    rows_of_P = torch.bincount(slot_A[slot_A >= 0], minlength=num_slots)
+    tiles_of_P = (rows_of_P + config.block_rows - 1) // config.block_rows
+    tile_start_P = tiles_of_P.cumsum(0) - tiles_of_P
+    num_tiles = int(tiles_of_P.sum())
+    row_A = tile_start_P[slot_A.clamp(min=0)] * config.block_rows + ordinal_A
+    row_A = torch.where(slot_A >= 0, row_A, -1)
+
+    assignment_A = torch.arange(len(slot_A), device=ids_TK.device)
+    assignment_of_C = torch.zeros(
+        max(num_tiles, 1) * config.block_rows, dtype=torch.int64, device=ids_TK.device
+    )
+    assignment_of_C[row_A[row_A >= 0]] = assignment_A[row_A >= 0]
+    slot_of_tile = torch.repeat_interleave(tiles_of_P)
+    first_row = (torch.arange(num_tiles, device=ids_TK.device) - tile_start_P[slot_of_tile]) * (
+        config.block_rows
+    )
+    rows_of_tile = (rows_of_P[slot_of_tile] - first_row).clamp(max=config.block_rows)
+    expert_of_P = placement.expert_of_P if placement else torch.arange(num_experts)
+    expert_of_tile = expert_of_P.to(ids_TK.device)[slot_of_tile]
+    rows = Rows(
+        None, None, None, None, row_A.view(ids_TK.shape).int(), assignment_of_C.int(),
+        expert_of_tile.int(), rows_of_tile.int(),
+    )  # fmt: skip
+    return Replay(ids_TK, num_experts, config.block_rows, num_tiles, rows, placement)
+
+
+def slots_of_assignments(
+    ids_TK: Tensor, num_experts: int, placement: Placement | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return each assignment's slot (-1 if skipped), its ordinal in that slot, and P."""
+    expert_A = ids_TK.flatten().long()
+    if placement is None:
+        return expert_A, stable_rank(expert_A), num_experts
+    if placement.slot_of_TK is not None:
+        slot_A = torch.where(expert_A >= 0, placement.slot_of_TK.flatten().long(), -1)
+        return slot_A, stable_rank(slot_A), placement.num_slots
+    slots: Slots = placement.slots
+    assert slots.copies_of_E is not None and slots.slots_of_EV is not None
+    ordinal_A = stable_rank(expert_A)
+    served_A = expert_A.clamp(min=0)
+    copies_A = slots.copies_of_E[served_A].long()
+    slot_A = slots.slots_of_EV[served_A, ordinal_A % copies_A].long()
+    return torch.where(expert_A >= 0, slot_A, -1), ordinal_A // copies_A, placement.num_slots
+
+
+def stable_rank(class_A: Tensor) -> Tensor:
+    """Return how many earlier assignments share each assignment's class.
+
+    Example: classes [2, 0, 2, 2] give [0, 0, 1, 2].
+    """
+    order = torch.argsort(class_A, stable=True)
+    in_order = class_A[order]
+    first = torch.searchsorted(in_order, in_order)  # leftmost position of the same class
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - first
+    return rank
+
+
+def check_routing(expert_of_TK: Tensor, num_experts: int, placement: Placement | None) -> None:
+    """Raise ValueError on ids or slots that the layer would have to skip (synchronises)."""
+    check_ids("expert_of_TK", expert_of_TK, 2)
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be positive, got {num_experts}")
+    bad_TK = (expert_of_TK < -1) | (expert_of_TK >= num_experts)
+    refuse(
+        bad_TK, expert_of_TK, "expert_of_TK[{0}, {1}] must be -1 or in [0, %d)" % num_experts
+    )
+    ordered_TK = expert_of_TK.sort(dim=1).values
+    twice_T = ((ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)).any(1)
+    if bool(twice_T.any()):
+        token = int(twice_T.nonzero()[0])
+        raise ValueError(
+            f"expert_of_TK[{token}] must not hold an id twice, got {expert_of_TK[token].tolist()}"
+        )
+    if placement is not None:
+        check_placement(expert_of_TK, num_experts, placement)
+
+
+def check_placement(expert_of_TK: Tensor, num_experts: int, placement: Placement) -> None:
+    """Raise ValueError unless the placement can serve these ids."""
+    check_experts(placement, num_experts)
+    if placement.expert_of_P.device != expert_of_TK.device:
+        raise ValueError(
+            f"placement must be on the device of expert_of_TK, {expert_of_TK.device}, "
+            f"got {placement.expert_of_P.device}"
+        )
+    slot_TK = placement.slot_of_TK
+    if slot_TK is None:
+        return
+    check_slot_shape(placement, tuple(expert_of_TK.shape))
+    in_range_TK = (slot_TK >= 0) & (slot_TK < placement.num_slots)
+    held_TK = placement.expert_of_P[slot_TK.clamp(0, placement.num_slots - 1).long()]
+    bad_TK = (expert_of_TK >= 0) & (~in_range_TK | (held_TK != expert_of_TK))
+    refuse(bad_TK, slot_TK, "slot_of_TK[{0}, {1}] must be a slot of the chosen expert")
+
+
+def check_experts(placement: Placement, num_experts: int) -> None:
+    """Raise ValueError unless the placement holds exactly the layer's experts."""
+    if placement.num_experts < num_experts:
+        raise ValueError(
+            f"expert_of_P must hold all {num_experts} experts, "
+            f"got no slot for expert {placement.num_experts}"
+        )
+    if placement.num_experts > num_experts:
+        raise ValueError(
+            f"expert_of_P must hold ids in [0, {num_experts}), got {placement.num_experts - 1}"
+        )
+
+
+def check_slot_shape(placement: Placement, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless slot_of_TK names a slot for each choice."""
+    assert placement.slot_of_TK is not None
+    if tuple(placement.slot_of_TK.shape) != shape:
+        raise ValueError(
+            f"slot_of_TK must have shape {shape}, got {tuple(placement.slot_of_TK.shape)}"
+        )
+
+
+def refuse(bad_TK: Tensor, values_TK: Tensor, rule: str) -> None:
+    """Raise ValueError with the place and value of the first bad entry, if there is one."""
+    if bool(bad_TK.any()):
+        token, choice = bad_TK.nonzero()[0].tolist()
+        raise ValueError(f"{rule.format(token, choice)}, got {int(values_TK[token, choice])}")

@@ -1,0 +1,373 @@
+"""What the launch does and in which order: one list of tasks, as arithmetic.
+
+Every task waits only for tasks with lower ids, and workers claim ids in order. So the lowest
+unfinished claimed task never waits for an unclaimed one, and the launch finishes for any number
+of workers, resident or not.
+
+The three functions marked ``@triton.jit`` are the only home of the order: the kernel calls them
+on the device, :class:`Schedule` calls the same source as plain Python.
+
+Live order:   gate* · prefix* · scatter* · FFN1* · tail
+Replay order: FFN1* · gate* · tail
+Tail:         the FFN2 tasks of column group 0, then for each next group its FFN2 tasks, with the
+              combine tasks of the group before spread over their second half, then the last
+              group's combine tasks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything the compiler must know; one compiled kernel per spec and tensor types.
+
+    ``route`` says where the routing comes from: ``"live"`` (the gate chooses), ``"given"`` (ids and
+    weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights are live).
+    ``split`` says how a token picks among the copies of its expert: ``"one"`` (slots are experts),
+    ``"even"`` (copies take turns) or ``"slot"`` (the caller names the slot).
+    """
+
+    route: str
+    split: str
+    renormalize: bool
+    top_k: int
+    num_experts: int
+    num_slots: int
+    max_copies: int
+    hidden: int
+    intermediate: int
+    block_rows: int
+    block_i: int
+    block_h: int
+    step: int
+    block_tokens: int
+    block_experts: int
+    select_tokens: int
+    combine_tokens: int
+    column_groups: int
+    tile_group: int
+    num_stages: int
+    weight_tma: bool
+    interpreted: bool
+
+    # Kinds of task.
+    GATE: ClassVar[int] = 0
+    PREFIX: ClassVar[int] = 1
+    SCATTER: ClassVar[int] = 2
+    FFN1: ClassVar[int] = 3
+    FFN2: ClassVar[int] = 4
+    COMBINE: ClassVar[int] = 5
+    TAIL: ClassVar[int] = 6
+
+    # Counters, in the order they lie in memory; column groups and row tiles follow.
+    CLAIM: ClassVar[int] = 0
+    EXIT: ClassVar[int] = 1
+    GATE_DONE: ClassVar[int] = 2
+    PREFIX_DONE: ClassVar[int] = 3
+    SCATTER_DONE: ClassVar[int] = 4
+    FIRST_GROUP: ClassVar[int] = 5
+    COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
+
+    PREFIX_BINS: ClassVar[int] = 32  # bins per prefix task
+
+    @property
+    def replay(self) -> bool:
+        """Whether the row tables are arguments."""
+        return self.route == "replay"
+
+    @property
+    def num_bins(self) -> int:
+        """Classes that assignments are counted in: slots when the caller names them, or experts."""
+        return self.num_slots if self.split == "slot" else self.num_experts
+
+    @property
+    def bins_pad(self) -> int:
+        """Least power of two that holds the bins."""
+        return max(16, triton.next_power_of_2(self.num_bins))
+
+    @property
+    def experts_pad(self) -> int:
+        """Least power of two that holds the experts."""
+        return max(16, triton.next_power_of_2(self.num_experts))
+
+    @property
+    def slots_pad(self) -> int:
+        """Least power of two that holds the slots."""
+        return max(16, triton.next_power_of_2(self.num_slots))
+
+    @property
+    def top_k_pad(self) -> int:
+        """Least power of two that holds a token's choices."""
+        return triton.next_power_of_2(self.top_k)
+
+    @property
+    def prefix_blocks(self) -> int:
+        """Prefix tasks of a live launch."""
+        return -(-self.num_bins // self.PREFIX_BINS)
+
+    @property
+    def i_blocks(self) -> int:
+        """FFN1 tasks per row tile."""
+        return -(-self.intermediate // self.block_i)
+
+    @property
+    def group_blocks(self) -> int:
+        """FFN2 tasks per row tile and column group."""
+        return -(-(-(-self.hidden // self.block_h)) // self.column_groups)
+
+    @property
+    def num_groups(self) -> int:
+        """Column groups that hold a column: at most ``column_groups``."""
+        return -(-self.hidden // (self.block_h * self.group_blocks))
+
+    # Shapes of tiles held in registers, as the device code names them.
+
+    @property
+    def logits_tile(self) -> tuple[int, int]:
+        """[block_tokens, block_experts]"""
+        return self.block_tokens, self.block_experts
+
+    @property
+    def choice_tile(self) -> tuple[int, int]:
+        """[select_tokens, top_k_pad]"""
+        return self.select_tokens, self.top_k_pad
+
+    @property
+    def bins_tile(self) -> tuple[int, int]:
+        """[select_tokens, bins_pad]"""
+        return self.select_tokens, self.bins_pad
+
+    @property
+    def bins_row(self) -> tuple[int]:
+        """[bins_pad]"""
+        return (self.bins_pad,)
+
+    @property
+    def prefix_row(self) -> tuple[int]:
+        """[PREFIX_BINS]"""
+        return (self.PREFIX_BINS,)
+
+    @property
+    def ffn1_tile(self) -> tuple[int, int]:
+        """[block_rows, block_i]"""
+        return self.block_rows, self.block_i
+
+    @property
+    def ffn2_tile(self) -> tuple[int, int]:
+        """[block_rows, block_h]"""
+        return self.block_rows, self.block_h
+
+    @property
+    def combine_tile(self) -> tuple[int, int]:
+        """[combine_tokens, block_h]"""
+        return self.combine_tokens, self.block_h
+
+    @property
+    def first_tile_counter(self) -> int:
+        """Index of the first row tile's counter."""
+        return self.FIRST_GROUP + self.num_groups
+
+
+@triton.jit
+def phase_of(task, num_tokens, num_tiles, C: tl.constexpr):
+    """Return (kind, index within the kind) of a task id; FFN2 and combine share the kind TAIL."""
+    token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
+    num_ffn1 = num_tiles * C.i_blocks
+    if C.replay:
+        gate_start = num_ffn1
+        ffn1_start = 0
+        scatter_start = num_ffn1 + token_tiles
+        tail_start = scatter_start
+    else:
+        gate_start = 0
+        scatter_start = token_tiles + C.prefix_blocks
+        ffn1_start = scatter_start + token_tiles
+        tail_start = ffn1_start + num_ffn1
+    kind = C.TAIL
+    index = task - tail_start
+    if task < tail_start:
+        if (task >= gate_start) & (task < gate_start + token_tiles):
+            kind = C.GATE
+            index = task - gate_start
+        elif task >= ffn1_start:
+            kind = C.FFN1
+            index = task - ffn1_start
+        elif task >= scatter_start:
+            kind = C.SCATTER
+            index = task - scatter_start
+        else:
+            kind = C.PREFIX
+            index = task - token_tiles
+    return kind, index
+
+
+@triton.jit
+def tile_of(index, num_tiles, num_blocks, tile_group):
+    """Return (row tile, column block): ``tile_group`` tiles pass before the next weight block."""
+    group_size = tile_group * num_blocks
+    first_tile = index // group_size * tile_group
+    height = min(num_tiles - first_tile, tile_group)
+    within = index % group_size
+    return first_tile + within % height, within // height
+
+
+@triton.jit
+def tail_of(index, num_tokens, num_tiles, C: tl.constexpr):
+    """Return (is_combine, column group, index within that group's FFN2 or combine tasks)."""
+    num_ffn2 = num_tiles * C.group_blocks
+    num_combine = (num_tokens + C.combine_tokens - 1) // C.combine_tokens
+    segment = num_ffn2 + num_combine
+    group = (index + num_combine) // segment
+    within = index - max(group * segment - num_combine, 0)
+    lead = num_ffn2 // 2
+    spacing = (segment - lead) // num_combine
+    combines_before = min(max(within - lead, 0) // spacing, num_combine)
+    is_mixed = (group > 0) & (group < C.num_groups)
+    is_turn = (within >= lead) & ((within - lead) % spacing == spacing - 1)
+    is_combine = (group == C.num_groups) | (is_mixed & is_turn & (combines_before < num_combine))
+    if is_combine:
+        if is_mixed:
+            within = combines_before
+        group = group - 1
+    elif is_mixed:
+        within = within - combines_before
+    return is_combine, group, within
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of the list.
+
+    ``tile`` is a token tile (gate, scatter, combine), a block of bins (prefix) or a row tile
+    (FFN1, FFN2). ``block`` is a block of I (FFN1), a block of H (FFN2) or a column group (combine).
+    """
+
+    kind: int
+    tile: int
+    block: int = 0
+
+
+NAMES = ("gate", "prefix", "scatter", "FFN1", "FFN2", "combine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The task list of one launch.
+
+    Attributes:
+        spec: shapes and tiles.
+        num_tokens: T, at least 1.
+        num_tiles: row tiles the list has room for.
+    """
+
+    spec: KernelSpec
+    num_tokens: int
+    num_tiles: int
+
+    @property
+    def token_tiles(self) -> int:
+        """Gate tasks, and scatter tasks of a live launch."""
+        return -(-self.num_tokens // self.spec.block_tokens)
+
+    @property
+    def combine_tiles(self) -> int:
+        """Combine tasks per column group."""
+        return -(-self.num_tokens // self.spec.combine_tokens)
+
+    @property
+    def num_tasks(self) -> int:
+        """Length of the list."""
+        spec = self.spec
+        has_gate = self.token_tiles
+        dispatch = 0 if spec.replay else spec.prefix_blocks + self.token_tiles
+        per_tile = spec.i_blocks + spec.num_groups * spec.group_blocks
+        return (
+            has_gate
+            + dispatch
+            + self.num_tiles * per_tile
+            + spec.num_groups * self.combine_tiles
+        )
+
+    @property
+    def num_counters(self) -> int:
+        """Counters the launch uses."""
+        return self.spec.first_tile_counter + self.num_tiles
+
+    def task(self, task_id: int) -> Task:
+        """Decode a task id exactly as the kernel does."""
+        spec = self.spec
+        kind, index = phase_of.fn(task_id, self.num_tokens, self.num_tiles, spec)
+        if kind == spec.FFN1:
+            return Task(kind, *tile_of.fn(index, self.num_tiles, spec.i_blocks, spec.tile_group))
+        if kind != spec.TAIL:
+            return Task(kind, index)
+        is_combine, group, index = tail_of.fn(index, self.num_tokens, self.num_tiles, spec)
+        if is_combine:
+            return Task(spec.COMBINE, index, group)
+        tile, block = tile_of.fn(index, self.num_tiles, spec.group_blocks, spec.tile_group)
+        return Task(spec.FFN2, tile, group * spec.group_blocks + block)
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield the whole list in order."""
+        return map(self.task, range(self.num_tasks))
+
+    def waits(self, task: Task) -> list[tuple[int, int]]:
+        """Return the (counter, least value) pairs a task needs before it runs."""
+        spec = self.spec
+        if task.kind == spec.PREFIX:
+            return [(spec.GATE_DONE, self.token_tiles)]
+        if task.kind == spec.SCATTER:
+            return [(spec.PREFIX_DONE, spec.prefix_blocks)]
+        if task.kind == spec.FFN1:
+            return [] if spec.replay else [(spec.SCATTER_DONE, self.token_tiles)]
+        if task.kind == spec.FFN2:
+            return [(spec.first_tile_counter + task.tile, spec.i_blocks)]
+        if task.kind == spec.COMBINE:
+            group = (spec.FIRST_GROUP + task.block, self.num_tiles * spec.group_blocks)
+            return [group, (spec.GATE_DONE, self.token_tiles)] if spec.replay else [group]
+        return []
+
+    def signal(self, task: Task) -> int | None:
+        """Return the counter a finished task adds one to."""
+        spec = self.spec
+        if task.kind == spec.FFN1:
+            return spec.first_tile_counter + task.tile
+        if task.kind == spec.FFN2:
+            return spec.FIRST_GROUP + task.block // spec.group_blocks
+        return (spec.GATE_DONE, spec.PREFIX_DONE, spec.SCATTER_DONE, None, None, None)[task.kind]
+
+    def describe_task(self, task_id: int) -> str:
+        """Name a task for an error message."""
+        task = self.task(task_id)
+        place = {
+            self.spec.FFN1: f"row tile {task.tile}, I block {task.block}",
+            self.spec.FFN2: f"row tile {task.tile}, H block {task.block}",
+            self.spec.COMBINE: f"token tile {task.tile}, column group {task.block}",
+            self.spec.PREFIX: f"block of bins {task.tile}",
+        }.get(task.kind, f"token tile {task.tile}")
+        return f"task {task_id} ({NAMES[task.kind]}, {place})"
+
+    def describe_counter(self, counter: int) -> str:
+        """Name a counter for an error message."""
+        spec = self.spec
+        if counter >= spec.first_tile_counter:
+            return f"counter {counter} (FFN1 of row tile {counter - spec.first_tile_counter})"
+        if counter >= spec.FIRST_GROUP:
+            return f"counter {counter} (FFN2 of column group {counter - spec.FIRST_GROUP})"
+        names = ("claims", "exits", "gate tasks", "prefix tasks", "scatter tasks")
+        return f"counter {counter} ({names[counter]})"
+
+
+def bound_tiles(num_assignments: int, num_slots: int, block_rows: int) -> int:
+    """Return the most row tiles any routing can need.
+
+    A slot with n rows takes 1 + (n - 1) // block_rows tiles, so the sum is largest when as many
+    slots as possible hold a row.
+    """
+    used = min(num_slots, num_assignments)
+    return used + (num_assignments - used) // block_rows

@@ -1,0 +1,178 @@
+"""Scratch memory: where bytes live, who owns them, and what a launch left in the error words."""
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megakernel.errors import MegakernelStall, describe_bad_input, describe_stall
+from megakernel.kernel import Control, Rows
+from megakernel.queue import ERROR_WORDS, INPUT_AT, SCHEDULE_AT, STALL_AT
+from megakernel.schedule import KernelSpec, Schedule
+
+ALIGNMENT_BYTES = 256
+NOT_WARM = "call the layer once with the same shapes before capturing it in a CUDA graph"
+
+Shape = tuple[int, ...]
+
+
+def scratch_shapes(schedule: Schedule, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of every scratch tensor of a launch."""
+    spec, num_tiles = schedule.spec, schedule.num_tiles
+    num_rows = num_tiles * spec.block_rows
+    shapes: dict[str, tuple[Shape, torch.dtype]] = {
+        "h_CI": ((num_rows, spec.intermediate), dtype),
+        "y_CH": ((num_rows, spec.hidden), dtype),
+    }
+    if spec.replay:
+        return shapes
+    integers = {
+        "base_GB": (schedule.token_tiles, spec.num_bins),
+        "total_B": (spec.num_bins,),
+        "rank_TK": (schedule.num_tokens, spec.top_k),
+        "tile_start_GP": (schedule.token_tiles, spec.slots_pad),
+        "row_of_TK": (schedule.num_tokens, spec.top_k),
+        "assignment_of_C": (num_rows,),
+        "expert_of_tile": (num_tiles,),
+        "rows_of_tile": (num_tiles,),
+    }
+    return shapes | {name: (shape, torch.int32) for name, shape in integers.items()}
+
+
+def place(shapes: dict[str, tuple[Shape, torch.dtype]]) -> tuple[dict[str, int], int]:
+    """Return each tensor's byte offset and the bytes they take together."""
+    offsets, end = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        offsets[name] = end
+        size_bytes = max(prod(shape), 1) * dtype.itemsize
+        end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return offsets, end
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Views of the arena for one launch shape."""
+
+    schedule_id: int
+    schedule: Schedule
+    h_CI: Tensor
+    y_CH: Tensor
+    rows: Rows | None  # None in replay: the tables come with the replay
+
+
+@dataclass
+class Workspace:
+    """Memory that launches of one stream share, one after another."""
+
+    device: torch.device
+    arena: Tensor = field(init=False)
+    control: Control = field(init=False)
+    schedules: list[Schedule] = field(default_factory=list)
+    views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
+    captured: bool = False
+    outgrown: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Allocate the error words; arena and counters grow with the first launch."""
+        self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
+        error = torch.zeros(ERROR_WORDS, dtype=torch.int32, device=self.device)
+        report = torch.zeros(
+            ERROR_WORDS, dtype=torch.int32, pin_memory=self.device.type == "cuda"
+        )
+        self.control = Control(torch.zeros(0, dtype=torch.int32, device=self.device), error, report)
+
+    def scratch(
+        self, spec: KernelSpec, num_tokens: int, num_tiles: int, dtype: torch.dtype
+    ) -> Scratch:
+        """Return the views for a launch, growing the memory if it has never been so large."""
+        schedule = Schedule(spec, num_tokens, num_tiles)
+        found = self.views.get((schedule, dtype))
+        return found if found is not None else self._make_scratch(schedule, dtype)
+
+    def _make_scratch(self, schedule: Schedule, dtype: torch.dtype) -> Scratch:
+        shapes = scratch_shapes(schedule, dtype)
+        offsets, size_bytes = place(shapes)
+        self._grow(size_bytes, schedule.num_counters * schedule.spec.COUNTER_STRIDE)
+        views = {}
+        for name, (shape, kind) in shapes.items():
+            used_bytes = prod(shape) * kind.itemsize
+            flat = self.arena[offsets[name] : offsets[name] + used_bytes]
+            views[name] = flat.view(kind).view(shape)
+        h_CI, y_CH = views.pop("h_CI"), views.pop("y_CH")
+        rows = Rows(**views) if views else None
+        made = Scratch(len(self.schedules), schedule, h_CI, y_CH, rows)
+        self.schedules.append(schedule)
+        self.views[schedule, dtype] = made
+        return made
+
+    def _grow(self, arena_bytes: int, counter_words: int) -> None:
+        grows = arena_bytes > self.arena.numel()
+        if not grows and counter_words <= self.control.counters.numel():
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NOT_WARM)
+        # A captured graph still points at the memory it was captured with.
+        self.outgrown += [self.arena, self.control.counters] if self.captured else []
+        if grows:
+            self.views.clear()
+            self.arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self.device)
+        if counter_words > self.control.counters.numel():
+            counters = torch.zeros(counter_words, dtype=torch.int32, device=self.device)
+            self.control = self.control._replace(counters=counters)
+
+    def raise_errors(self) -> None:
+        """Raise what an earlier launch reported, once. Does not synchronise."""
+        report = self.control.report
+        if not (int(report[STALL_AT]) or int(report[INPUT_AT])):
+            return
+        words = report.tolist()
+        report.zero_()
+        if words[STALL_AT]:
+            self.control.counters.zero_()
+            raise MegakernelStall(describe_stall(words, self.schedules[words[SCHEDULE_AT]]))
+        raise ValueError(describe_bad_input(words))
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def workspace_for(device: torch.device) -> Workspace:
+    """Return the workspace of the current stream.
+
+    A CUDA graph keeps the workspace it was captured with: it takes over a warm one of the device,
+    so that capturing allocates and zeroes nothing, and eager calls make themselves a new one.
+
+    Raises:
+        RuntimeError: if capturing starts before any call has warmed a workspace.
+    """
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    found = _workspaces.get((device, stream))
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if found is None:
+        found = _take_warm(device) if capturing else Workspace(device)
+        _workspaces[device, stream] = found
+    found.captured |= capturing
+    return found
+
+
+def _take_warm(device: torch.device) -> Workspace:
+    warm = [key for key, space in _workspaces.items() if key[0] == device and not space.captured]
+    if not warm:
+        raise RuntimeError(NOT_WARM)
+    return _workspaces.pop(max(warm, key=lambda key: _workspaces[key].arena.numel()))
+
+
+def check() -> None:
+    """Wait for all launches and raise what they reported.
+
+    Raises:
+        MegakernelStall: if a wait inside a launch ran past its bound.
+        ValueError: if a launch met a bad id or slot, which it skipped.
+    """
+    for (device, _), workspace in list(_workspaces.items()):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        workspace.raise_errors()
+
