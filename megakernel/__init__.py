@@ -1,1 +1,29 @@
-"""The layer as one persistent Triton launch."""
+"""A Mixture-of-Experts layer as one persistent Triton launch.
+
+    from megakernel import Experts, Router, moe
+    out = moe(x_TH, router_weight_EH, Experts(gate_up_E2IH, down_EHI), Router(top_k=8))
+
+Letters and words are those of ``reference``'s glossary. On a machine without a GPU set
+``TRITON_INTERPRET=1`` before importing, and the same kernel runs in Triton's interpreter.
+"""
+
+from megakernel.api import Experts, MoEOutput, Router, moe, moe_routed
+from megakernel.config import KernelConfig
+from megakernel.errors import MegakernelStall
+from megakernel.placement import Placement
+from megakernel.replay import Replay, prepare_replay
+from megakernel.workspace import check
+
+__all__ = [
+    "Experts",
+    "KernelConfig",
+    "MegakernelStall",
+    "MoEOutput",
+    "Placement",
+    "Replay",
+    "Router",
+    "check",
+    "moe",
+    "moe_routed",
+    "prepare_replay",
+]

@@ -1,6 +1,7 @@
 """How a launch is cut into tiles: the knobs, their limits, and the default for a problem."""
 
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -60,7 +61,8 @@ class KernelConfig:
     @classmethod
     def decode(cls, values: list[int]) -> "KernelConfig":
         """Invert :meth:`encode`."""
-        return cls(*(None if value == -1 else value for value in values))
+        decoded: list[Any] = [None if value == -1 else value for value in values]
+        return cls(*decoded)
 
 
 POWERS_OF_TWO = {

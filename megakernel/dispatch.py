@@ -105,13 +105,11 @@ def weigh(logits_TE, token, num_tokens, chosen, C: tl.constexpr):
         mask=valid,
         other=float("-inf"),
     )
-    if C.renormalize:
-        pool = logit
-    else:
-        pool = load_logits(logits_TE, token, num_tokens, C)
-    top = tl.max(pool, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)[:, None]  # a token without any expert
-    total = tl.sum(tl.exp(pool - top), 1)[:, None]
+    pool = logit if C.renormalize else load_logits(logits_TE, token, num_tokens, C)
+    # A token without any expert has nothing to divide by.
+    served = tl.max(valid.to(tl.int32), 1)[:, None] > 0
+    top = tl.where(served, tl.max(pool, 1)[:, None], 0.0)
+    total = tl.where(served, tl.sum(tl.exp(pool - top), 1)[:, None], 1.0)
     return tl.where(valid, tl.exp(logit - top) / total, 0.0)
 
 
@@ -193,9 +191,7 @@ def count(bins, before, token, num_tokens, rank_TK, C: tl.constexpr):
 
 
 @triton.jit
-def gate_tile(
-    tile, x_TH, router_EH, routing, slots, rows, control, num_tokens, C: tl.constexpr
-):
+def gate_tile(tile, x_TH, router_EH, routing, slots, rows, control, num_tokens, C: tl.constexpr):
     """Route one token tile: logits, ids, weights, ranks within the tile, counts per bin.
 
     Reads: x_TH, router_EH; ids where they are given. Writes: logits_TE, expert_of_TK, gate_TK,
@@ -227,9 +223,7 @@ def gate_tile(
             counts = count(bins, counts, token, num_tokens, rows.rank_TK, C)
     if not C.replay:
         bin_index = tl.arange(0, C.bins_pad)
-        tl.store(
-            rows.base_GB + tile * C.num_bins + bin_index, counts, mask=bin_index < C.num_bins
-        )
+        tl.store(rows.base_GB + tile * C.num_bins + bin_index, counts, mask=bin_index < C.num_bins)
 
 
 @triton.jit
@@ -265,9 +259,7 @@ def rows_per_slot(rows, slots, C: tl.constexpr):
 
 
 @triton.jit
-def fill_tile_table(
-    first, last, num_rows, tile_start, rows, slots, C: tl.constexpr
-):
+def fill_tile_table(first, last, num_rows, tile_start, rows, slots, C: tl.constexpr):
     """Write expert and filled rows of the row tiles in [first, last)."""
     TILES: tl.constexpr = max(1, 2048 // C.slots_pad)
     slot_index = tl.arange(0, C.slots_pad)[None, :]
@@ -289,13 +281,11 @@ def fill_tile_table(
 
 
 @triton.jit
-def scatter_tile(
-    tile, routing, slots, rows, num_tokens, num_tiles, C: tl.constexpr
-):
+def scatter_tile(tile, routing, slots, rows, num_tokens, num_tiles, C: tl.constexpr):
     """Place one token tile's assignments in rows, and write a share of the row tile table.
 
-    Reads: ids or slots, rank_TK, base_GB, total_B. Writes: row_of_TK, assignment_of_C, its share of
-    expert_of_tile and rows_of_tile. Every task derives the slots' first tiles for itself, which
+    Reads: ids or slots, rank_TK, base_GB, total_B. Writes: row_of_TK, assignment_of_C, its share
+    of expert_of_tile and rows_of_tile. Every task derives the slots' first tiles for itself, which
     is cheaper than one more wait.
     """
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens

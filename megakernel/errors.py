@@ -5,7 +5,7 @@ from megakernel.queue import INPUT_AT, STALL_AT
 from megakernel.schedule import Schedule
 
 
-class MegakernelStall(RuntimeError):
+class MegakernelStall(RuntimeError):  # noqa: N818  (the public name is agreed)
     """A wait inside the launch ran past its bound; the outputs of that call are not valid."""
 
 

@@ -51,7 +51,9 @@ class Control(NamedTuple):
     report: Tensor
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "schedule_id", "num_workers", "max_polls"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_tiles", "schedule_id", "num_workers", "max_polls"]
+)
 def moe_kernel(
     x_TH, router_EH, gate_up, down, routing, slots, rows,
     h_CI, y_CH, y_TH, control,

@@ -9,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megakernel.config import KernelConfig, resolve_polls, resolve_workers
 from megakernel.kernel import Routing, Rows, Slots, moe_kernel
+from megakernel.replay import check_distinct_ids, check_slots
 from megakernel.schedule import KernelSpec, bound_tiles
 from megakernel.workspace import Workspace, workspace_for
 
@@ -68,7 +69,9 @@ def fits_tma(weight: Tensor) -> bool:
     return row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
-def stacked(weight_EXY: Tensor, block_rows: int, step: int, weight_tma: bool):  # noqa: ANN201
+def stacked(
+    weight_EXY: Tensor, block_rows: int, step: int, weight_tma: bool
+) -> Tensor | TensorDescriptor:
     """Return the weight as the kernel takes it: a descriptor of all rows, or the tensor."""
     if not weight_tma:
         return weight_EXY
@@ -98,6 +101,8 @@ def launch(
     num_tokens = len(layer.x_TH)
     if route != "replay":
         num_tiles = bound_tiles(num_tokens * spec.top_k, spec.num_slots, spec.block_rows)
+    if device.type == "cpu" and route == "given":
+        check_values(layer)
     workspace = workspace_for(device)
     if not (workspace.captured and torch.cuda.is_current_stream_capturing()):
         workspace.raise_errors()
@@ -108,6 +113,14 @@ def launch(
     )
     if device.type == "cpu":
         workspace.raise_errors()
+
+
+def check_values(layer: Layer) -> None:
+    """Raise on bad ids and slots ahead of the launch, where looking at them costs nothing."""
+    check_distinct_ids(layer.routing.expert_of_TK, len(layer.down_EHI))
+    if layer.routing.slot_of_TK is not None:
+        assert layer.slots.expert_of_P is not None
+        check_slots(layer.routing.expert_of_TK, layer.routing.slot_of_TK, layer.slots.expert_of_P)
 
 
 def kernel_arguments(

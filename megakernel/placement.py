@@ -16,10 +16,10 @@ class Placement:
     On one device a replica shares its expert's weights, so nothing is copied.
 
     Attributes:
-        expert_of_P: [P] integer, the expert each slot holds; -1 is an empty slot. Every expert up to
-            the largest id has at least one slot. (vLLM and SGLang: physical_to_logical_map.)
-        slot_of_TK: [T, K] integer, the slot that serves each choice, or None to let the copies of an
-            expert take turns in token order, which splits its tokens evenly.
+        expert_of_P: [P] integer, the expert each slot holds; -1 is an empty slot. Every expert up
+            to the largest id has at least one slot. (vLLM, SGLang: physical_to_logical_map.)
+        slot_of_TK: [T, K] integer, the slot that serves each choice, or None to let the copies of
+            an expert take turns in token order, which splits its tokens evenly.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -47,7 +47,9 @@ class Placement:
         held = set(experts) - {-1}
         missing = next((e for e in range(max(held, default=0) + 1) if e not in held), None)
         if missing is not None:
-            raise ValueError(f"expert_of_P must hold every expert, got no slot for expert {missing}")
+            raise ValueError(
+                f"expert_of_P must hold every expert, got no slot for expert {missing}"
+            )
         object.__setattr__(self, "num_experts", len(held))
         object.__setattr__(self, "slots", make_slots(experts, self.expert_of_P.device))
 

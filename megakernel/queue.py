@@ -85,9 +85,7 @@ def leave(control, num_workers, num_counters, schedule_id, C: tl.constexpr):
     if tl.atomic_add(place, 1, sem="acq_rel") == num_workers - 1:
         for start in range(0, num_counters, 128):
             counter = start + tl.arange(0, 128)
-            tl.store(
-                control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters
-            )
+            tl.store(control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters)
         word = tl.arange(0, _ERROR_WORDS)
         error = tl.load(control.error + word)
         if tl.max(tl.where(error != 0, 1, 0), 0) != 0:

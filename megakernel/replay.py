@@ -121,10 +121,24 @@ def check_routing(expert_of_TK: Tensor, num_experts: int, placement: Placement |
     check_ids("expert_of_TK", expert_of_TK, 2)
     if num_experts < 1:
         raise ValueError(f"num_experts must be positive, got {num_experts}")
+    check_distinct_ids(expert_of_TK, num_experts)
+    if placement is None:
+        return
+    check_experts(placement, num_experts)
+    if placement.expert_of_P.device != expert_of_TK.device:
+        raise ValueError(
+            f"placement must be on the device of expert_of_TK, {expert_of_TK.device}, "
+            f"got {placement.expert_of_P.device}"
+        )
+    if placement.slot_of_TK is not None:
+        check_slot_shape(placement, tuple(expert_of_TK.shape))
+        check_slots(expert_of_TK, placement.slot_of_TK, placement.expert_of_P)
+
+
+def check_distinct_ids(expert_of_TK: Tensor, num_experts: int) -> None:
+    """Raise ValueError on an id outside [-1, E) or one that a token holds twice (synchronises)."""
     bad_TK = (expert_of_TK < -1) | (expert_of_TK >= num_experts)
-    refuse(
-        bad_TK, expert_of_TK, "expert_of_TK[{0}, {1}] must be -1 or in [0, %d)" % num_experts
-    )
+    refuse(bad_TK, expert_of_TK, f"must be -1 or in [0, {num_experts})", "expert_of_TK")
     ordered_TK = expert_of_TK.sort(dim=1).values
     twice_T = ((ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)).any(1)
     if bool(twice_T.any()):
@@ -132,26 +146,15 @@ def check_routing(expert_of_TK: Tensor, num_experts: int, placement: Placement |
         raise ValueError(
             f"expert_of_TK[{token}] must not hold an id twice, got {expert_of_TK[token].tolist()}"
         )
-    if placement is not None:
-        check_placement(expert_of_TK, num_experts, placement)
 
 
-def check_placement(expert_of_TK: Tensor, num_experts: int, placement: Placement) -> None:
-    """Raise ValueError unless the placement can serve these ids."""
-    check_experts(placement, num_experts)
-    if placement.expert_of_P.device != expert_of_TK.device:
-        raise ValueError(
-            f"placement must be on the device of expert_of_TK, {expert_of_TK.device}, "
-            f"got {placement.expert_of_P.device}"
-        )
-    slot_TK = placement.slot_of_TK
-    if slot_TK is None:
-        return
-    check_slot_shape(placement, tuple(expert_of_TK.shape))
-    in_range_TK = (slot_TK >= 0) & (slot_TK < placement.num_slots)
-    held_TK = placement.expert_of_P[slot_TK.clamp(0, placement.num_slots - 1).long()]
+def check_slots(expert_of_TK: Tensor, slot_of_TK: Tensor, expert_of_P: Tensor) -> None:
+    """Raise ValueError on a slot that does not hold the chosen expert (synchronises)."""
+    num_slots = len(expert_of_P)
+    in_range_TK = (slot_of_TK >= 0) & (slot_of_TK < num_slots)
+    held_TK = expert_of_P[slot_of_TK.clamp(0, num_slots - 1).long()]
     bad_TK = (expert_of_TK >= 0) & (~in_range_TK | (held_TK != expert_of_TK))
-    refuse(bad_TK, slot_TK, "slot_of_TK[{0}, {1}] must be a slot of the chosen expert")
+    refuse(bad_TK, slot_of_TK, "must be a slot that holds the chosen expert", "slot_of_TK")
 
 
 def check_experts(placement: Placement, num_experts: int) -> None:
@@ -176,8 +179,9 @@ def check_slot_shape(placement: Placement, shape: tuple[int, ...]) -> None:
         )
 
 
-def refuse(bad_TK: Tensor, values_TK: Tensor, rule: str) -> None:
+def refuse(bad_TK: Tensor, values_TK: Tensor, rule: str, name: str) -> None:
     """Raise ValueError with the place and value of the first bad entry, if there is one."""
     if bool(bad_TK.any()):
         token, choice = bad_TK.nonzero()[0].tolist()
-        raise ValueError(f"{rule.format(token, choice)}, got {int(values_TK[token, choice])}")
+        value = int(values_TK[token, choice])
+        raise ValueError(f"{name}[{token}, {choice}] {rule}, got {value}")

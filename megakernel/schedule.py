@@ -26,8 +26,8 @@ import triton.language as tl
 class KernelSpec:
     """Everything the compiler must know; one compiled kernel per spec and tensor types.
 
-    ``route`` says where the routing comes from: ``"live"`` (the gate chooses), ``"given"`` (ids and
-    weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights are live).
+    ``route`` says where the routing comes from: ``"live"`` (the gate chooses), ``"given"`` (ids
+    and weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights live).
     ``split`` says how a token picks among the copies of its expert: ``"one"`` (slots are experts),
     ``"even"`` (copies take turns) or ``"slot"`` (the caller names the slot).
     """
@@ -82,7 +82,7 @@ class KernelSpec:
 
     @property
     def num_bins(self) -> int:
-        """Classes that assignments are counted in: slots when the caller names them, or experts."""
+        """Classes assignments are counted in: slots if the caller names them, else experts."""
         return self.num_slots if self.split == "slot" else self.num_experts
 
     @property
@@ -118,7 +118,8 @@ class KernelSpec:
     @property
     def group_blocks(self) -> int:
         """FFN2 tasks per row tile and column group."""
-        return -(-(-(-self.hidden // self.block_h)) // self.column_groups)
+        h_blocks = -(-self.hidden // self.block_h)
+        return -(-h_blocks // self.column_groups)
 
     @property
     def num_groups(self) -> int:
@@ -244,7 +245,7 @@ class Task:
     """One entry of the list.
 
     ``tile`` is a token tile (gate, scatter, combine), a block of bins (prefix) or a row tile
-    (FFN1, FFN2). ``block`` is a block of I (FFN1), a block of H (FFN2) or a column group (combine).
+    (FFN1, FFN2). ``block`` is a block of I (FFN1) or of H (FFN2), or a column group (combine).
     """
 
     kind: int
@@ -287,10 +288,7 @@ class Schedule:
         dispatch = 0 if spec.replay else spec.prefix_blocks + self.token_tiles
         per_tile = spec.i_blocks + spec.num_groups * spec.group_blocks
         return (
-            has_gate
-            + dispatch
-            + self.num_tiles * per_tile
-            + spec.num_groups * self.combine_tiles
+            has_gate + dispatch + self.num_tiles * per_tile + spec.num_groups * self.combine_tiles
         )
 
     @property

@@ -39,6 +39,16 @@ def load_rows(row_start, inside, column, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def rounded(values, dtype: tl.constexpr, C: tl.constexpr):
+    """Round float32 to the nearest value of ``dtype``, ties to even."""
+    if C.interpreted and dtype == tl.bfloat16:  # the interpreter's own cast drops the low bits
+        bits = values.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        values = tl.where(values == values, nearest, values)
+    return values.to(dtype)
+
+
+@triton.jit
 def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values):
     """Store [block_rows, columns] of a row-major matrix."""
     place = start + tile_row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -49,7 +59,7 @@ def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values):
 def ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C: tl.constexpr):
     """Compute h = silu(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I.
 
-    Reads: x_TH rows gathered through assignment_of_C, gate_up. Writes: h_CI. Accumulates in float32.
+    Reads: x_TH rows gathered through assignment_of_C, gate_up. Writes: h_CI. Sums in float32.
     """
     num_rows = tl.load(rows.rows_of_tile + tile)
     if num_rows > 0:
@@ -77,7 +87,7 @@ def ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C: tl.constexpr):
         column = first + tl.arange(0, C.block_i)
         store_rows(
             h_CI, tile * C.block_rows + row, inside, column, C.intermediate,
-            h.to(h_CI.dtype.element_ty),
+            rounded(h, h_CI.dtype.element_ty, C),
         )  # fmt: skip
 
 
@@ -101,7 +111,9 @@ def ffn2_tile(tile, block, down, rows, h_CI, y_CH, C: tl.constexpr):
             )  # fmt: skip
             acc = dot(h, weight.T, acc, C)
         column = first + tl.arange(0, C.block_h)
-        store_rows(y_CH, tile_row, inside, column, C.hidden, acc.to(y_CH.dtype.element_ty))
+        store_rows(
+            y_CH, tile_row, inside, column, C.hidden, rounded(acc, y_CH.dtype.element_ty, C)
+        )
 
 
 @triton.jit
@@ -129,6 +141,6 @@ def combine_tile(tile, group, gate_TK, row_of_TK, y_CH, y_TH, num_tokens, C: tl.
             acc += gate[:, None] * y.to(tl.float32)
         tl.store(
             y_TH + token.to(tl.int64)[:, None] * C.hidden + column[None, :],
-            acc.to(y_TH.dtype.element_ty),
+            rounded(acc, y_TH.dtype.element_ty, C),
             mask=live[:, None] & inside,
         )

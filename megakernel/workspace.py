@@ -77,10 +77,10 @@ class Workspace:
         """Allocate the error words; arena and counters grow with the first launch."""
         self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         error = torch.zeros(ERROR_WORDS, dtype=torch.int32, device=self.device)
-        report = torch.zeros(
-            ERROR_WORDS, dtype=torch.int32, pin_memory=self.device.type == "cuda"
+        report = torch.zeros(ERROR_WORDS, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.control = Control(
+            torch.zeros(0, dtype=torch.int32, device=self.device), error, report
         )
-        self.control = Control(torch.zeros(0, dtype=torch.int32, device=self.device), error, report)
 
     def scratch(
         self, spec: KernelSpec, num_tokens: int, num_tiles: int, dtype: torch.dtype
@@ -175,4 +175,3 @@ def check() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         workspace.raise_errors()
-
