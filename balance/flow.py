@@ -39,7 +39,7 @@ def best_level(
         speed_D: > 0.
 
     Returns:
-        The level, max over sets A of inside(A) / speed(A), and tight_D bool, a set with that ratio.
+        The level, max over sets A of inside(A) / speed(A), and tight_D bool, the set.
     """
     load_XD = np.zeros(holds_XD.shape)
     load_XD[np.arange(len(load_X)), holds_XD.argmax(1)] = load_X

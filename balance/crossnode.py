@@ -1,0 +1,136 @@
+"""Which experts get a copy on another node for a whole batch?
+
+Inside a node, copies of a micro-batch level its ranks; between nodes they would cost too much, so
+node imbalance is what remains. One or two copies per node that stay for the batch remove most of
+it: they are paid for once, and every micro-batch splits its tokens between the nodes anew.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from balance import split, subsets
+
+# Candidates of a pick that are evaluated exactly; beyond eight nodes each costs a flow per problem.
+CANDIDATES, CANDIDATES_BY_FLOW = 16, 1
+
+
+def choose_cross_node_copies(
+    load_BLE: np.ndarray, node_LE: np.ndarray, speed_N: np.ndarray, copies_per_node: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy choice of batch-static copies by the node-level Hall value.
+
+    Each pick is the copy (expert, node) that lowers the most
+
+        sum over micro-batches of max over node sets A of (load of experts only in A) / speed(A)
+
+    among the candidates with the largest estimated relief; a layer ends when no candidate helps.
+
+    Args:
+        load_BLE: assignments per micro-batch, layer and expert.
+        node_LE: home node of each expert.
+        speed_N: speed of each node, > 0.
+        copies_per_node: most copies that one node takes per layer.
+
+    Returns:
+        copy_LS int64: expert in each cross-node slot, -1 for none, and node_of_S int64, the node
+        of each slot: N · copies_per_node slots, ascending.
+    """
+    num_layers, num_nodes = node_LE.shape[0], len(speed_N)
+    node_of_S = torch.arange(num_nodes).repeat_interleave(copies_per_node)
+    copy_LS = torch.full((num_layers, len(node_of_S)), -1)
+    load_LBE = torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double()
+    node_LE = torch.from_numpy(node_LE)
+    speed_N = torch.from_numpy(speed_N)
+    open_layers = torch.arange(num_layers if num_nodes > 1 else 0)
+    for _ in range(len(node_of_S)):
+        if not len(open_layers):
+            break
+        picked_LS, helps = _pick(
+            load_LBE[open_layers], node_LE[open_layers], copy_LS[open_layers], node_of_S, speed_N
+        )
+        copy_LS[open_layers[helps]] = picked_LS[helps]
+        open_layers = open_layers[helps]
+    return copy_LS.numpy(), node_of_S.numpy()
+
+
+def _pick(
+    load_LBE: torch.Tensor,
+    node_LE: torch.Tensor,
+    copy_LS: torch.Tensor,
+    node_of_S: torch.Tensor,
+    speed_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One more copy for each layer: copy_LS, and whether it helps."""
+    num_nodes = len(speed_N)
+    level_LB, relief_LEN = _relief(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
+    exact = num_nodes <= subsets.MAX_RANKS
+    most = min(CANDIDATES if exact else CANDIDATES_BY_FLOW, relief_LEN[0].numel())
+    relief_LV, choice_LV = relief_LEN.flatten(1).topk(most, dim=1)
+    tried = []
+    for relief_L, choice_L in zip(relief_LV.T, choice_LV.T, strict=True):
+        trial_LS = _place(copy_LS, choice_L // num_nodes, choice_L % num_nodes, node_of_S)
+        level_L = _levels(load_LBE, node_LE, trial_LS, node_of_S, speed_N)[0].sum(1)
+        tried.append((torch.where(relief_L > 0, level_L, torch.inf), trial_LS))
+    best_L, winner_L = torch.stack([level_L for level_L, _ in tried]).min(0)
+    trials_VLS = torch.stack([trial_LS for _, trial_LS in tried])
+    helps_L = best_L < level_LB.sum(1) * (1 - 1e-9)
+    return trials_VLS[winner_L, torch.arange(len(load_LBE))], helps_L
+
+
+def _levels(
+    load_LBE: torch.Tensor,
+    node_LE: torch.Tensor,
+    copy_LS: torch.Tensor,
+    node_of_S: torch.Tensor,
+    speed_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Node-level Hall value of every micro-batch, level_LB, and its tight set, tight_LBN."""
+    num_layers, num_micro_batches, num_experts = load_LBE.shape
+    level_N, tight_ND = split.bottleneck(
+        load_LBE.reshape(-1, num_experts),
+        node_LE.repeat_interleave(num_micro_batches, 0),
+        copy_LS.repeat_interleave(num_micro_batches, 0),
+        node_of_S,
+        speed_N,
+    )
+    shape = (num_layers, num_micro_batches)
+    return level_N.view(shape), tight_ND.view(*shape, len(speed_N))
+
+
+def _relief(
+    load_LBE: torch.Tensor,
+    node_LE: torch.Tensor,
+    copy_LS: torch.Tensor,
+    node_of_S: torch.Tensor,
+    speed_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels, and an estimate of what each new copy (expert, node) takes off the tight sets.
+
+    In every micro-batch at most the expert's load, if it is locked inside the tight set and the
+    node is outside; nothing where the node is full or holds the expert already.
+    """
+    num_nodes = len(speed_N)
+    level_LB, tight_LBN = _levels(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
+    holds_LEN = torch.nn.functional.one_hot(node_LE, num_nodes).bool()
+    layer, slot = (copy_LS >= 0).nonzero(as_tuple=True)
+    holds_LEN[layer, copy_LS[layer, slot], node_of_S[slot]] = True
+    escapes_LBE = (~tight_LBN).float() @ holds_LEN.float().transpose(1, 2) > 0
+    ideal_LB = load_LBE.sum(2) / speed_N.sum()
+    excess_LB = (level_LB - ideal_LB) * (tight_LBN * speed_N).sum(2)
+    gain_LBE = torch.minimum(load_LBE, excess_LB[:, :, None]) * ~escapes_LBE
+    relief_LEN = gain_LBE.float().transpose(1, 2) @ (~tight_LBN).float()
+    full_LN = torch.stack(
+        [(copy_LS[:, node_of_S == node] >= 0).all(1) for node in range(num_nodes)], dim=1
+    )
+    return level_LB, relief_LEN.masked_fill(holds_LEN | full_LN[:, None, :], 0)
+
+
+def _place(
+    copy_LS: torch.Tensor, expert_L: torch.Tensor, node_L: torch.Tensor, node_of_S: torch.Tensor
+) -> torch.Tensor:
+    """Put an expert into the first free slot of a node; where there is none, change nothing."""
+    free_LS = (node_of_S == node_L[:, None]) & (copy_LS < 0)
+    first_LS = free_LS & (free_LS.cumsum(1) == 1)
+    return torch.where(first_LS, expert_L[:, None], copy_LS)
