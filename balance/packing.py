@@ -24,6 +24,7 @@ def pack(
     tokens_per_micro_batch: int = 3400,
     order: Order = "shuffled",
     domain_S: np.ndarray | None = None,
+    row_mask_T: np.ndarray | None = None,
     seed: int = 0,
     label: str = "packed",
 ) -> Trace:
@@ -37,6 +38,7 @@ def pack(
         tokens_per_micro_batch: aimed at; a sequence is never cut.
         order: "given", "shuffled", or "domain" (shuffled, then grouped by domain: the hard case).
         domain_S: domain of each sequence; needed by order "domain".
+        row_mask_T: bool, False for rows that no load may count.
         seed: of the shuffle.
         label: of the trace.
 
@@ -58,6 +60,7 @@ def pack(
         np.repeat(micro_batch_S, length_S[order_S]),
         np.repeat(rank_S, length_S[order_S]),
         num_experts,
+        row_mask_T=None if row_mask_T is None else np.asarray(row_mask_T)[row_T],
         label=f"{label}, {order}",
     )
 
