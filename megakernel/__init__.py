@@ -7,9 +7,10 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 ``TRITON_INTERPRET=1`` before importing, and the same kernel runs in Triton's interpreter.
 """
 
-from megakernel.api import Experts, MoEOutput, Router, moe, moe_routed
+from megakernel.api import moe, moe_routed
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
+from megakernel.layer import Experts, MoEOutput, Router
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
 from megakernel.workspace import check

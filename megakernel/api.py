@@ -1,95 +1,25 @@
 """The public face: check the arguments, choose how to run, launch once."""
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megakernel.checks import (
+    check_call,
+    check_placement,
+    check_replay,
+    check_router,
+    check_routing_tensors,
+    check_size,
+)
 from megakernel.config import KernelConfig, default_config
 from megakernel.kernel import Routing
-from megakernel.launch import INTERPRETED, NO_SLOTS, Layer, launch
+from megakernel.launch import NO_SLOTS, Layer, launch
+from megakernel.layer import Experts, MoEOutput, Router
 from megakernel.op import launch_op
 from megakernel.placement import Placement
-from megakernel.replay import Replay, check_experts, check_slot_shape
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_EXPERTS = 1024
-MAX_SLOTS = 2048
-MAX_ASSIGNMENTS = 2**31 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Experts:
-    """Weights of all experts, in the layout of Hugging Face transformers.
-
-    Attributes:
-        gate_up_E2IH: [E, 2I, H], gate rows first, then up rows; contiguous.
-        down_EHI: [E, H, I], same dtype and device; contiguous.
-
-    Raises:
-        ValueError: naming the argument, the rule and the value.
-    """
-
-    gate_up_E2IH: Tensor
-    down_EHI: Tensor
-
-    def __post_init__(self) -> None:
-        """Check that the two tensors belong together."""
-        check_tensor("gate_up_E2IH", self.gate_up_E2IH, 3)
-        check_tensor("down_EHI", self.down_EHI, 3)
-        num_experts, hidden, intermediate = self.down_EHI.shape
-        if min(self.down_EHI.shape) < 1:
-            raise ValueError(f"down_EHI must not be empty, got {tuple(self.down_EHI.shape)}")
-        if num_experts > MAX_EXPERTS:
-            raise ValueError(
-                f"down_EHI must hold at most {MAX_EXPERTS} experts, got {num_experts}"
-            )
-        check_shape("gate_up_E2IH", self.gate_up_E2IH, (num_experts, 2 * intermediate, hidden))
-        check_like("gate_up_E2IH", self.gate_up_E2IH, "down_EHI", self.down_EHI)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.down_EHI.shape[0]
-
-
-@dataclass(frozen=True)
-class Router:
-    """How logits become choices.
-
-    Attributes:
-        top_k: experts per token, at least 1.
-        score: "softmax", over all experts in float32.
-        renormalize: whether a token's weights sum to one.
-
-    Raises:
-        ValueError: naming the argument, the rule and the value.
-    """
-
-    top_k: int
-    score: str = "softmax"
-    renormalize: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        if not isinstance(self.top_k, int) or self.top_k < 1:
-            raise ValueError(f"top_k must be a positive integer, got {self.top_k!r}")
-        if self.score != "softmax":
-            raise ValueError(f"score must be 'softmax', got {self.score!r}")
-
-
-class MoEOutput(NamedTuple):
-    """What the layer returns.
-
-    ``expert_of_TK`` holds logical ids, best first, or the forced ids under replay. ``gate_TK`` is
-    fp32, 0 where the id is -1. ``logits_TE`` is fp32.
-    """
-
-    y_TH: Tensor
-    expert_of_TK: Tensor
-    gate_TK: Tensor
-    logits_TE: Tensor
+from megakernel.replay import Replay
 
 
 def moe(
@@ -127,12 +57,7 @@ def moe(
         MegakernelStall: when a wait inside a launch ran past its bound.
     """
     check_call(x_TH, experts)
-    check_tensor("router_weight_EH", router_weight_EH, 2)
-    check_shape("router_weight_EH", router_weight_EH, (experts.num_experts, x_TH.shape[1]))
-    check_like("router_weight_EH", router_weight_EH, "x_TH", x_TH)
-    check_no_grad("router_weight_EH", router_weight_EH)
-    if router.top_k > experts.num_experts:
-        raise ValueError(f"top_k must be at most E={experts.num_experts}, got {router.top_k}")
+    check_router(router_weight_EH, router, experts, x_TH)
     shape_TK = (len(x_TH), router.top_k)
     config = choose_config(config, shape_TK, experts, x_TH, replay)
     if replay is None:
@@ -180,21 +105,8 @@ def moe_routed(
         MegakernelStall: when a wait inside a launch ran past its bound.
     """
     check_call(x_TH, experts)
-    if expert_of_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert_of_TK must be int32 or int64, got {expert_of_TK.dtype}")
-    if expert_of_TK.ndim != 2 or not 1 <= expert_of_TK.shape[1] <= experts.num_experts:
-        raise ValueError(
-            f"expert_of_TK must have shape [T, K] with 1 <= K <= E={experts.num_experts}, "
-            f"got {tuple(expert_of_TK.shape)}"
-        )
+    check_routing_tensors(expert_of_TK, gate_TK, experts, x_TH)
     shape_TK = (len(x_TH), expert_of_TK.shape[1])
-    check_shape("expert_of_TK", expert_of_TK, shape_TK)
-    check_shape("gate_TK", gate_TK, shape_TK)
-    for name, tensor in (("expert_of_TK", expert_of_TK), ("gate_TK", gate_TK)):
-        check_contiguous(name, tensor)
-        check_device(name, tensor, x_TH)
-    check_tensor("gate_TK", gate_TK, 2)
-    check_no_grad("gate_TK", gate_TK)
     check_placement(placement, experts, shape_TK, x_TH)
     config = choose_config(config, shape_TK, experts, x_TH, None)
     y_TH = torch.empty_like(x_TH)
@@ -226,6 +138,8 @@ def start(
         x_TH, router_EH, experts.gate_up_E2IH, experts.down_EHI, routing, slots,
         replay.rows if replay else None, y_TH,
     )  # fmt: skip
+    num_slots = placement.num_slots if placement else experts.num_experts
+    check_size(len(x_TH), routing.expert_of_TK.shape[1], num_slots, config)
     num_tiles = replay.num_tiles if replay else 0
     run = launch_op if torch.compiler.is_compiling() else launch
     run(layer, route, split, renormalize, num_tiles, config)
@@ -242,124 +156,6 @@ def choose_config(
     if config is None:
         num_assignments = shape_TK[0] * shape_TK[1]
         config = default_config(num_assignments, experts.num_experts, x_TH.dtype, x_TH.device)
-        if replay is not None and isinstance(replay, Replay):
+        if isinstance(replay, Replay):
             config = replace(config, block_rows=replay.block_rows)
     return config
-
-
-def check_call(x_TH: Tensor, experts: Experts) -> None:
-    """Check what both entry points share."""
-    check_tensor("x_TH", x_TH, 2)
-    if x_TH.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "x_TH must be on a GPU, got cpu: set TRITON_INTERPRET=1 before importing megakernel "
-            "to run the kernel in Triton's interpreter, or use reference.moe, the slow "
-            "plain-PyTorch alternative"
-        )
-    if x_TH.shape[1] != experts.down_EHI.shape[1]:
-        raise ValueError(
-            f"x_TH must have the experts' width H={experts.down_EHI.shape[1]}, got {x_TH.shape[1]}"
-        )
-    check_like("x_TH", x_TH, "down_EHI", experts.down_EHI)
-    tensors = {
-        "x_TH": x_TH,
-        "gate_up_E2IH": experts.gate_up_E2IH,
-        "down_EHI": experts.down_EHI,
-    }
-    for name, tensor in tensors.items():
-        check_no_grad(name, tensor)
-
-
-def check_placement(
-    placement: Placement | None, experts: Experts, shape_TK: tuple[int, int], x_TH: Tensor
-) -> None:
-    """Check that a placement fits the layer and the call; its values were checked before."""
-    if placement is None:
-        return
-    check_experts(placement, experts.num_experts)
-    check_device("expert_of_P", placement.expert_of_P, x_TH)
-    if placement.num_slots > MAX_SLOTS:
-        raise ValueError(
-            f"expert_of_P must have at most {MAX_SLOTS} slots, got {placement.num_slots}"
-        )
-    if placement.slot_of_TK is not None:
-        check_slot_shape(placement, shape_TK)
-
-
-def check_replay(
-    replay: Replay,
-    placement: Placement | None,
-    experts: Experts,
-    shape_TK: tuple[int, int],
-    x_TH: Tensor,
-    config: KernelConfig,
-) -> None:
-    """Check that a replay was prepared for this call."""
-    if not isinstance(replay, Replay):
-        raise TypeError(f"replay must come from prepare_replay, got {type(replay).__name__}")
-    if tuple(replay.expert_of_TK.shape) != shape_TK:
-        raise ValueError(
-            f"replay must be prepared for [T, K] = {shape_TK}, "
-            f"got {tuple(replay.expert_of_TK.shape)}"
-        )
-    if replay.num_experts != experts.num_experts:
-        raise ValueError(
-            f"replay must be prepared for E={experts.num_experts}, got {replay.num_experts}"
-        )
-    if replay.block_rows != config.block_rows:
-        raise ValueError(
-            f"replay must be prepared with block_rows={config.block_rows} as in config, "
-            f"got {replay.block_rows}"
-        )
-    check_device("replay", replay.expert_of_TK, x_TH)
-    if placement is not None and placement is not replay.placement:
-        raise ValueError(
-            "placement must be None or the one the replay was prepared with, got another"
-        )
-
-
-def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
-    """Raise unless ``tensor`` is a contiguous floating tensor with ``ndim`` axes."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
-    check_contiguous(name, tensor)
-
-
-def check_no_grad(name: str, tensor: Tensor) -> None:
-    """Raise on a tensor that autograd would have to follow."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must not require grad: there is no backward yet; call under torch.no_grad()"
-        )
-
-
-def check_contiguous(name: str, tensor: Tensor) -> None:
-    """Raise unless the tensor is contiguous; a silent copy would be a second launch."""
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless the tensor has the shape."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-
-
-def check_device(name: str, tensor: Tensor, x_TH: Tensor) -> None:
-    """Raise unless the tensor is where the tokens are."""
-    if tensor.device != x_TH.device:
-        raise ValueError(f"{name} must be on {x_TH.device} like x_TH, got {tensor.device}")
-
-
-def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless both tensors share dtype and device."""
-    if tensor.dtype != other.dtype:
-        raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, "
-                         f"got {tensor.dtype}")  # fmt: skip
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, "
-                         f"got {tensor.device}")  # fmt: skip

@@ -10,7 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megakernel.config import KernelConfig, resolve_polls, resolve_workers
 from megakernel.kernel import Routing, Rows, Slots, moe_kernel
 from megakernel.replay import check_distinct_ids, check_slots
-from megakernel.schedule import KernelSpec, bound_tiles
+from megakernel.schedule import bound_tiles
+from megakernel.spec import KernelSpec
 from megakernel.workspace import Workspace, workspace_for
 
 INTERPRETED = isinstance(moe_kernel, InterpretedFunction)

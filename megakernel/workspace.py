@@ -9,7 +9,8 @@ from torch import Tensor
 from megakernel.errors import MegakernelStall, describe_bad_input, describe_stall
 from megakernel.kernel import Control, Rows
 from megakernel.queue import ERROR_WORDS, INPUT_AT, SCHEDULE_AT, STALL_AT
-from megakernel.schedule import KernelSpec, Schedule
+from megakernel.schedule import Schedule
+from megakernel.spec import KernelSpec
 
 ALIGNMENT_BYTES = 256
 NOT_WARM = "call the layer once with the same shapes before capturing it in a CUDA graph"

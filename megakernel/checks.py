@@ -1,0 +1,128 @@
+"""What a call is refused for, before any launch: argument, rule, value."""
+
+import torch
+from torch import Tensor
+
+from megakernel.config import KernelConfig
+from megakernel.launch import INTERPRETED
+from megakernel.layer import Experts, Router
+from megakernel.placement import Placement
+from megakernel.replay import Replay, check_experts, check_slot_shape
+from megakernel.schedule import bound_tiles
+from megakernel.tensors import (
+    check_contiguous,
+    check_device,
+    check_like,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+)
+
+MAX_SLOTS = 2048
+MAX_ROWS = 2**31 - 1
+
+
+def check_call(x_TH: Tensor, experts: Experts) -> None:
+    """Check what both entry points share."""
+    check_tensor("x_TH", x_TH, 2)
+    if x_TH.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "x_TH must be on a GPU, got cpu: set TRITON_INTERPRET=1 before importing megakernel "
+            "to run the kernel in Triton's interpreter, or use reference.moe, the slow "
+            "plain-PyTorch alternative"
+        )
+    if x_TH.shape[1] != experts.down_EHI.shape[1]:
+        raise ValueError(
+            f"x_TH must have the experts' width H={experts.down_EHI.shape[1]}, got {x_TH.shape[1]}"
+        )
+    check_like("x_TH", x_TH, "down_EHI", experts.down_EHI)
+    check_no_grad("x_TH", x_TH)
+    check_no_grad("gate_up_E2IH", experts.gate_up_E2IH)
+    check_no_grad("down_EHI", experts.down_EHI)
+
+
+def check_placement(
+    placement: Placement | None, experts: Experts, shape_TK: tuple[int, int], x_TH: Tensor
+) -> None:
+    """Check that a placement fits the layer and the call; its values were checked before."""
+    if placement is None:
+        return
+    check_experts(placement, experts.num_experts)
+    check_device("expert_of_P", placement.expert_of_P, x_TH)
+    if placement.num_slots > MAX_SLOTS:
+        raise ValueError(
+            f"expert_of_P must have at most {MAX_SLOTS} slots, got {placement.num_slots}"
+        )
+    if placement.slot_of_TK is not None:
+        check_slot_shape(placement, shape_TK)
+
+
+def check_replay(
+    replay: Replay,
+    placement: Placement | None,
+    experts: Experts,
+    shape_TK: tuple[int, int],
+    x_TH: Tensor,
+    config: KernelConfig,
+) -> None:
+    """Check that a replay was prepared for this call."""
+    if not isinstance(replay, Replay):
+        raise TypeError(f"replay must come from prepare_replay, got {type(replay).__name__}")
+    if tuple(replay.expert_of_TK.shape) != shape_TK:
+        raise ValueError(
+            f"replay must be prepared for [T, K] = {shape_TK}, "
+            f"got {tuple(replay.expert_of_TK.shape)}"
+        )
+    if replay.num_experts != experts.num_experts:
+        raise ValueError(
+            f"replay must be prepared for E={experts.num_experts}, got {replay.num_experts}"
+        )
+    if replay.block_rows != config.block_rows:
+        raise ValueError(
+            f"replay must be prepared with block_rows={config.block_rows} as in config, "
+            f"got {replay.block_rows}"
+        )
+    check_device("replay", replay.expert_of_TK, x_TH)
+    if placement is not None and placement is not replay.placement:
+        raise ValueError(
+            "placement must be None or the one the replay was prepared with, got another"
+        )
+
+
+def check_router(router_EH: Tensor, router: Router, experts: Experts, x_TH: Tensor) -> None:
+    """Check the gate's weight and what it is asked for."""
+    check_tensor("router_weight_EH", router_EH, 2)
+    check_shape("router_weight_EH", router_EH, (experts.num_experts, x_TH.shape[1]))
+    check_like("router_weight_EH", router_EH, "x_TH", x_TH)
+    check_no_grad("router_weight_EH", router_EH)
+    if router.top_k > experts.num_experts:
+        raise ValueError(f"top_k must be at most E={experts.num_experts}, got {router.top_k}")
+
+
+def check_routing_tensors(
+    expert_of_TK: Tensor, gate_TK: Tensor, experts: Experts, x_TH: Tensor
+) -> None:
+    """Check type, shape and place of a given routing, but not its values."""
+    check_tensor("gate_TK", gate_TK, 2)
+    check_no_grad("gate_TK", gate_TK)
+    if expert_of_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert_of_TK must be int32 or int64, got {expert_of_TK.dtype}")
+    if expert_of_TK.ndim != 2 or not 1 <= expert_of_TK.shape[1] <= experts.num_experts:
+        raise ValueError(
+            f"expert_of_TK must have shape [T, K] with 1 <= K <= E={experts.num_experts}, "
+            f"got {tuple(expert_of_TK.shape)}"
+        )
+    check_contiguous("expert_of_TK", expert_of_TK)
+    shape_TK = (len(x_TH), expert_of_TK.shape[1])
+    for name, tensor in (("expert_of_TK", expert_of_TK), ("gate_TK", gate_TK)):
+        check_shape(name, tensor, shape_TK)
+        check_device(name, tensor, x_TH)
+
+
+def check_size(num_tokens: int, top_k: int, num_slots: int, config: KernelConfig) -> None:
+    """Refuse calls whose row ids would not fit 32 bits."""
+    num_rows = bound_tiles(num_tokens * top_k, num_slots, config.block_rows) * config.block_rows
+    if num_rows > MAX_ROWS:
+        raise ValueError(
+            f"x_TH must have so few tokens that T·K padded rows stay below 2^31, got {num_rows}"
+        )

@@ -1,0 +1,158 @@
+"""What a compiled kernel is specialised on: shapes, tiles, and where the routing comes from."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import triton
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything the compiler must know; one compiled kernel per spec and tensor types.
+
+    ``route`` says where the routing comes from: ``"live"`` (the gate chooses), ``"given"`` (ids
+    and weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights live).
+    ``split`` says how a token picks among the copies of its expert: ``"one"`` (slots are experts),
+    ``"even"`` (copies take turns) or ``"slot"`` (the caller names the slot).
+    """
+
+    route: str
+    split: str
+    renormalize: bool
+    top_k: int
+    num_experts: int
+    num_slots: int
+    max_copies: int
+    hidden: int
+    intermediate: int
+    block_rows: int
+    block_i: int
+    block_h: int
+    step: int
+    block_tokens: int
+    block_experts: int
+    select_tokens: int
+    combine_tokens: int
+    column_groups: int
+    tile_group: int
+    num_stages: int
+    weight_tma: bool
+    interpreted: bool
+
+    # Kinds of task.
+    GATE: ClassVar[int] = 0
+    PREFIX: ClassVar[int] = 1
+    SCATTER: ClassVar[int] = 2
+    FFN1: ClassVar[int] = 3
+    FFN2: ClassVar[int] = 4
+    COMBINE: ClassVar[int] = 5
+    TAIL: ClassVar[int] = 6
+
+    # Counters, in the order they lie in memory; column groups and row tiles follow.
+    CLAIM: ClassVar[int] = 0
+    EXIT: ClassVar[int] = 1
+    GATE_DONE: ClassVar[int] = 2
+    PREFIX_DONE: ClassVar[int] = 3
+    SCATTER_DONE: ClassVar[int] = 4
+    FIRST_GROUP: ClassVar[int] = 5
+    COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
+
+    PREFIX_BINS: ClassVar[int] = 32  # bins per prefix task
+
+    @property
+    def replay(self) -> bool:
+        """Whether the row tables are arguments."""
+        return self.route == "replay"
+
+    @property
+    def num_bins(self) -> int:
+        """Classes assignments are counted in: slots if the caller names them, else experts."""
+        return self.num_slots if self.split == "slot" else self.num_experts
+
+    @property
+    def bins_pad(self) -> int:
+        """Least power of two that holds the bins."""
+        return max(16, triton.next_power_of_2(self.num_bins))
+
+    @property
+    def experts_pad(self) -> int:
+        """Least power of two that holds the experts."""
+        return max(16, triton.next_power_of_2(self.num_experts))
+
+    @property
+    def slots_pad(self) -> int:
+        """Least power of two that holds the slots."""
+        return max(16, triton.next_power_of_2(self.num_slots))
+
+    @property
+    def top_k_pad(self) -> int:
+        """Least power of two that holds a token's choices."""
+        return triton.next_power_of_2(self.top_k)
+
+    @property
+    def prefix_blocks(self) -> int:
+        """Prefix tasks of a live launch."""
+        return -(-self.num_bins // self.PREFIX_BINS)
+
+    @property
+    def i_blocks(self) -> int:
+        """FFN1 tasks per row tile."""
+        return -(-self.intermediate // self.block_i)
+
+    @property
+    def group_blocks(self) -> int:
+        """FFN2 tasks per row tile and column group."""
+        h_blocks = -(-self.hidden // self.block_h)
+        return -(-h_blocks // self.column_groups)
+
+    @property
+    def num_groups(self) -> int:
+        """Column groups that hold a column: at most ``column_groups``."""
+        return -(-self.hidden // (self.block_h * self.group_blocks))
+
+    # Shapes of tiles held in registers, as the device code names them.
+
+    @property
+    def logits_tile(self) -> tuple[int, int]:
+        """[block_tokens, block_experts]"""
+        return self.block_tokens, self.block_experts
+
+    @property
+    def choice_tile(self) -> tuple[int, int]:
+        """[select_tokens, top_k_pad]"""
+        return self.select_tokens, self.top_k_pad
+
+    @property
+    def bins_tile(self) -> tuple[int, int]:
+        """[select_tokens, bins_pad]"""
+        return self.select_tokens, self.bins_pad
+
+    @property
+    def bins_row(self) -> tuple[int]:
+        """[bins_pad]"""
+        return (self.bins_pad,)
+
+    @property
+    def prefix_row(self) -> tuple[int]:
+        """[PREFIX_BINS]"""
+        return (self.PREFIX_BINS,)
+
+    @property
+    def ffn1_tile(self) -> tuple[int, int]:
+        """[block_rows, block_i]"""
+        return self.block_rows, self.block_i
+
+    @property
+    def ffn2_tile(self) -> tuple[int, int]:
+        """[block_rows, block_h]"""
+        return self.block_rows, self.block_h
+
+    @property
+    def combine_tile(self) -> tuple[int, int]:
+        """[combine_tokens, block_h]"""
+        return self.combine_tokens, self.block_h
+
+    @property
+    def first_tile_counter(self) -> int:
+        """Index of the first row tile's counter."""
+        return self.FIRST_GROUP + self.num_groups

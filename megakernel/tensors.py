@@ -1,0 +1,53 @@
+"""Checks of one tensor: each raises with the argument's name, the rule and the value."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise unless ``tensor`` is a contiguous floating tensor with ``ndim`` axes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
+    check_contiguous(name, tensor)
+
+
+def check_no_grad(name: str, tensor: Tensor) -> None:
+    """Raise on a tensor that autograd would have to follow."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require grad: there is no backward yet; call under torch.no_grad()"
+        )
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor is contiguous; a silent copy would be a second launch."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless the tensor has the shape."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, x_TH: Tensor) -> None:
+    """Raise unless the tensor is where the tokens are."""
+    if tensor.device != x_TH.device:
+        raise ValueError(f"{name} must be on {x_TH.device} like x_TH, got {tensor.device}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors share dtype and device."""
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name} must have the dtype of {other_name}, {other.dtype}, "
+                         f"got {tensor.dtype}")  # fmt: skip
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, "
+                         f"got {tensor.device}")  # fmt: skip
