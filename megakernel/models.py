@@ -35,17 +35,3 @@ _SHAPES = (
     ModelShape("JoyAI-LLM Flash", 256, 8, 2048, 768, 39),
 )
 MODELS = {shape.name: shape for shape in _SHAPES}
-
-
-def find_model(name: str) -> ModelShape:
-    """Return the one shape whose name contains ``name``, whatever its case.
-
-    Raises:
-        ValueError: no name or several names contain it.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    found = [shape for shape in _SHAPES if name.lower() in shape.name.lower()]
-    if len(found) != 1:
-        raise ValueError(f"name must fit exactly one of {', '.join(MODELS)}; got {name!r}")
-    return found[0]

@@ -19,6 +19,7 @@ SM90_WARPS = 64
 SM90_BLOCKS = 32
 SM90_QUARTERS = 4  # each owns a fourth of the registers and cannot lend them
 
+TENSOR_OPCODES = {"HGMMA", "HMMA"}
 # Opcodes that end a straight run of code, without their modifiers.
 BRANCHES = {"BRA", "JMP"}
 ENDS = {"EXIT", "RET"}
@@ -106,7 +107,7 @@ class CubinReport:
             prints or calls.
         shared_bytes: static and dynamic, per block, without the driver's reserve.
         code: the whole kernel.
-        gemm_loops: the innermost loops that hold tensor core instructions, by address.
+        gemm_loops: the loops that do the matrix products, see :func:`find_gemm_loops`.
     """
 
     registers: int
@@ -262,18 +263,28 @@ def build_flow_graph(instructions: list[Instruction], labels: dict[str, int]) ->
 
 
 def find_gemm_loops(graph: FlowGraph) -> tuple[Code, ...]:
-    """Return the innermost loops that hold tensor core instructions, by address."""
+    """Return the innermost loops that hold tensor core instructions, by address.
+
+    Such instructions outside those loops come from a loop that was unrolled: the straight stretch
+    from the first to the last of them in a block counts as one.
+    """
     predecessors = graph.predecessors
-    loops = {
-        _innermost_loop(graph.successors, predecessors, start, frozenset(graph.blocks))
+    everything = frozenset(graph.blocks)
+    loop_of = {
+        start: _innermost_loop(graph.successors, predecessors, start, everything)
         for start, block in graph.blocks.items()
-        if any(one.opcode in ("HGMMA", "HMMA") for one in block)
-    } - {frozenset()}
-    innermost = [sorted(loop) for loop in loops if not any(other < loop for other in loops)]
-    return tuple(
-        Code(tuple(one for start in loop for one in graph.blocks[start]))
-        for loop in sorted(innermost)
-    )
+        if any(one.opcode in TENSOR_OPCODES for one in block)
+    }
+    loops = set(loop_of.values()) - {frozenset()}
+    innermost = {loop for loop in loops if not any(other < loop for other in loops)}
+    found = [
+        Code(tuple(one for start in sorted(loop) for one in graph.blocks[start]))
+        for loop in innermost
+    ]
+    found += [
+        _unrolled(graph.blocks[start]) for start, loop in loop_of.items() if loop not in innermost
+    ]
+    return tuple(sorted(found, key=lambda code: code.instructions[0].address))
 
 
 def find_tool(name: str) -> Path:
@@ -311,6 +322,12 @@ def _innermost_loop(
     if header == block:
         return loop
     return _innermost_loop(successors, predecessors, block, loop - {header}) or loop
+
+
+def _unrolled(block: list[Instruction]) -> Code:
+    """From the first tensor core instruction of a block to the last."""
+    places = [place for place, one in enumerate(block) if one.opcode in TENSOR_OPCODES]
+    return Code(tuple(block[places[0] : places[-1] + 1]))
 
 
 def _reach(edges: dict[int, list[int]], start: int, within: frozenset[int]) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megakernel.models import MODELS, ModelShape, find_model
+from megakernel.models import MODELS, ModelShape
 
 # Billions of parameters of the whole model, from the model cards. Attention, embeddings, dense
 # layers and shared experts are 2 to 7 % of them; the rest is routed experts.
@@ -31,13 +31,3 @@ def test_experts_are_nearly_all_of_the_model(shape: ModelShape) -> None:
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
 def test_a_token_cannot_want_more_experts_than_there_are(shape: ModelShape) -> None:
     assert 1 <= shape.top_k <= shape.num_experts
-
-
-def test_a_model_is_found_by_part_of_its_name() -> None:
-    assert find_model("mixtral") is MODELS["Mixtral-8x7B"]
-
-
-@pytest.mark.parametrize("name", ["Qwen3", "Llama"], ids=["fits two", "fits none"])
-def test_a_name_that_fits_no_single_model_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"exactly one of .*got '{name}'"):
-        find_model(name)

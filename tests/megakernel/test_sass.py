@@ -268,16 +268,23 @@ def test_two_gemms_in_one_task_loop_are_two_loops() -> None:
     assert second[1] == LOAD
 
 
-def test_matmuls_outside_any_loop_make_no_gemm_loop() -> None:
-    assert gemm_loops(WGMMA, "EXIT", ".L_x_0:", "BRA `(.L_x_0)") == []
+def test_an_unrolled_gemm_is_the_stretch_from_its_first_matmul_to_its_last() -> None:
+    loops = gemm_loops(
+        STORE, WGMMA, LOAD, WGMMA, STORE, "@P0 BRA `(.L_x_1)", WGMMA, ".L_x_1:", "EXIT"
+    )
+    assert loops == [[WGMMA, LOAD, WGMMA], [WGMMA]]
 
 
 def test_matmuls_peeled_off_a_gemm_loop_do_not_widen_it() -> None:
-    (loop,) = gemm_loops(
+    loop, peeled = gemm_loops(
         ".L_x_0:", LOAD, ".L_x_1:", WGMMA, "@P0 BRA `(.L_x_1)", "BAR.SYNC 0x0",
         WGMMA, STORE, "@P1 BRA `(.L_x_0)", "EXIT",
     )  # fmt: skip
-    assert loop == [WGMMA, "@P0 BRA `(.L_x_1)"]
+    assert (loop, peeled) == ([WGMMA, "@P0 BRA `(.L_x_1)"], [WGMMA])
+
+
+def test_code_without_matmuls_has_no_gemm_loop() -> None:
+    assert gemm_loops(".L_x_0:", LOAD, "@P0 BRA `(.L_x_0)", "EXIT") == []
 
 
 @pytest.mark.parametrize(
