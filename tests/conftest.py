@@ -1,0 +1,87 @@
+"""Where tests run, from which seeds, and on what memory.
+
+Without CUDA every kernel runs in Triton's interpreter, which has to be chosen before anything
+imports Triton; tests of balance and reference import it at no time.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+torch.set_num_threads(1)  # a second thread may change the order of a sum
+
+# An example that needs a compilation or a cold cache is slow once, not wrong.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+POISON = 0xFF  # as bytes of a scratch tensor: NaN in every float type, -1 in every integer
+
+
+def why_no_gpu() -> str | None:
+    """Return why tests marked ``gpu`` can not run here, or None."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if INTERPRETED:
+        return "needs a CUDA device; TRITON_INTERPRET=1 sends every kernel to the interpreter"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests of the device with the reason why there is none."""
+    if reason := why_no_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the current GPU, or the CPU when they are interpreted."""
+    if why_no_gpu():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give every test the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch() -> Iterator[None]:
+    """Fill the kernel's scratch with NaN before each test, and when it grows.
+
+    A launch that reads scratch which it has not written then shows in its output.
+    """
+    module = sys.modules.get("megakernel.workspace")
+    if module is None:  # a test of a package that must not need Triton
+        yield
+        return
+    for workspace in module._workspaces.values():
+        workspace.arena.fill_(POISON)
+    grow = module.Workspace._grow
+    module.Workspace._grow = poison_after(grow)
+    yield
+    module.Workspace._grow = grow
+
+
+def poison_after(grow: Callable[..., None]) -> Callable[..., None]:
+    """Return ``grow`` followed by the poisoning of an arena that it replaced."""
+
+    def grow_poisoned(workspace, arena_bytes: int, counter_words: int) -> None:
+        old_arena = workspace.arena
+        grow(workspace, arena_bytes, counter_words)
+        if workspace.arena is not old_arena:
+            workspace.arena.fill_(POISON)
+
+    return grow_poisoned
