@@ -60,20 +60,25 @@ def imbalance(load_R: Any, speed_R: Any = None) -> np.ndarray:
     Raises:
         ValueError: on NaN, infinite or negative load or speed, or no ranks.
     """
-    slowest, ideal = _slowest_and_ideal(load_R, speed_R)
-    return np.divide(slowest, ideal, out=np.ones_like(slowest), where=ideal > 0)
+    longest, ideal = _slowest_and_ideal(load_R, speed_R)
+    return np.divide(longest, ideal, out=np.ones_like(longest), where=ideal > 0)
 
 
 def straggler(load_R: Any, speed_R: Any = None) -> np.ndarray:
     """Time the slowest rank needs beyond the balanced one: max - mean, in assignments."""
-    slowest, ideal = _slowest_and_ideal(load_R, speed_R)
-    return slowest - ideal
+    longest, ideal = _slowest_and_ideal(load_R, speed_R)
+    return longest - ideal
+
+
+def slowest(load_R: Any, speed_R: Any = None) -> np.ndarray:
+    """Time of the slowest rank: max of load / speed."""
+    return _slowest_and_ideal(load_R, speed_R)[0]
 
 
 def efficiency(load_BLR: Any, speed_R: Any = None) -> float:
     """Sum of means / sum of maxima over all leading axes (what vLLM logs); zero load is 1.0."""
-    slowest, ideal = _slowest_and_ideal(load_BLR, speed_R)
-    return float(ideal.sum() / slowest.sum()) if slowest.sum() > 0 else 1.0
+    longest, ideal = _slowest_and_ideal(load_BLR, speed_R)
+    return float(ideal.sum() / longest.sum()) if longest.sum() > 0 else 1.0
 
 
 def max_violation(load_E: Any) -> np.ndarray:
