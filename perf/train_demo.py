@@ -22,8 +22,8 @@ from perf.demo_model import DemoModel, ModelConfig, MoELayer, MoEWeights, load_m
 from perf.demo_text import SHARE_OF_KIND, Windows, read_texts
 
 DATA = Path(__file__).parent / "data"
-WEIGHTS = DATA / "demo.safetensors"
-CARD = DATA / "demo.json"
+WEIGHTS = "demo.safetensors"
+CARD = "demo.json"
 HELD_OUT_WINDOWS = 64
 
 
@@ -186,10 +186,10 @@ def main() -> None:
     card = describe(config, texts, time.perf_counter() - start)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    weights = arguments.out / WEIGHTS.name
+    weights = arguments.out / WEIGHTS
     save_model(model, weights)
     card |= examine(load_model(weights, "cpu", torch.float32), texts, config.length)
-    (arguments.out / CARD.name).write_text(json.dumps(card, indent=2) + "\n")
+    (arguments.out / CARD).write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2), f"wrote {weights}, {weights.stat().st_size} bytes", sep="\n")
 
 

@@ -5,7 +5,7 @@ import torch
 
 from perf.demo_layers import ReferenceLayer
 from perf.demo_model import DemoModel, ModelConfig, load_model, rotate, save_model
-from perf.train_demo import CARD, WEIGHTS
+from perf.train_demo import CARD, DATA, WEIGHTS
 
 SMALL = ModelConfig(num_layers=2, hidden=16, num_heads=2, num_experts=5, top_k=2, intermediate=8)
 
@@ -66,10 +66,12 @@ def test_saved_weights_come_back(model, tmp_path):
 
 
 def test_the_committed_weights_are_small_and_know_python():
-    assert WEIGHTS.stat().st_size < 2_000_000
-    trained = load_model(WEIGHTS, "cpu", torch.float32)
+    assert (DATA / WEIGHTS).stat().st_size < 2_000_000
+    trained = load_model(DATA / WEIGHTS, "cpu", torch.float32)
     text = b"    def __init__(self, name):\n        self.name = name\n\n    def __repr__(self):\n"
     byte_GS = torch.tensor([list(text)])
     logits_GSU = trained(byte_GS[:, :-1], layers_of(trained)).logits_GSU
     loss = torch.nn.functional.cross_entropy(logits_GSU[0], byte_GS[0, 1:]).item()
-    assert loss < max(json.loads(CARD.read_text())["held_out_loss_nats_per_byte"].values())
+    assert loss < max(
+        json.loads((DATA / CARD).read_text())["held_out_loss_nats_per_byte"].values()
+    )
