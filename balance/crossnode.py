@@ -12,7 +12,7 @@ import torch
 
 from balance import split, subsets
 
-# Candidates of a pick that are evaluated exactly; beyond eight nodes each costs a flow per problem.
+# Candidates of a pick that are evaluated exactly; over eight nodes each costs a flow a problem.
 CANDIDATES, CANDIDATES_BY_FLOW = 16, 1
 
 
@@ -41,14 +41,13 @@ def choose_cross_node_copies(
     node_of_S = torch.arange(num_nodes).repeat_interleave(copies_per_node)
     copy_LS = torch.full((num_layers, len(node_of_S)), -1)
     load_LBE = torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double()
-    node_LE = torch.from_numpy(node_LE)
-    speed_N = torch.from_numpy(speed_N)
+    home_LE, speeds = torch.from_numpy(node_LE), torch.from_numpy(speed_N)
     open_layers = torch.arange(num_layers if num_nodes > 1 else 0)
     for _ in range(len(node_of_S)):
         if not len(open_layers):
             break
         picked_LS, helps = _pick(
-            load_LBE[open_layers], node_LE[open_layers], copy_LS[open_layers], node_of_S, speed_N
+            load_LBE[open_layers], home_LE[open_layers], copy_LS[open_layers], node_of_S, speeds
         )
         copy_LS[open_layers[helps]] = picked_LS[helps]
         open_layers = open_layers[helps]

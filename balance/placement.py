@@ -31,6 +31,11 @@ class Present:
         seats_D = np.full(len(ranks), topology.home_slots(num_experts))
         return cls(ranks, node_of_D, topology.speed_R[ranks], seats_D)
 
+    def rank_load(self, load_BLE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
+        """Load of each present rank's home experts, float64 [B, L, D]."""
+        at_rank_LED = (rank_LE[:, :, None] == np.arange(len(self.ranks))).astype(np.float64)
+        return (load_BLE.transpose(1, 0, 2) @ at_rank_LED).transpose(1, 0, 2)
+
 
 def reorder_homes(
     load_BLE: np.ndarray,
@@ -65,7 +70,7 @@ def reorder_homes(
         rank_LE = _spread_over_nodes(load_LBE, present)
     rank_LE = _swap(load_LBE, rank_LE, present, present.node_of_D, limits, nearness)
     if move_budget is None:
-        rank_LE = _spread_inside_nodes(load_LBE, rank_LE, present)
+        rank_LE = spread_inside_nodes(load_LBE.sum(1), rank_LE, present)
     # Spare slots level the ranks of a node better than swaps, which matter where there are none,
     # where few homes may move, or where travel counts.
     if topology.spare_slots_per_rank == 0 or move_budget is not None or nearness is not None:
@@ -102,17 +107,27 @@ def _spread_over_nodes(load_LBE: np.ndarray, present: Present) -> np.ndarray:
     return rank_LE
 
 
-def _spread_inside_nodes(
-    load_LBE: np.ndarray, rank_LE: np.ndarray, present: Present
+def spread_inside_nodes(
+    load_LE: np.ndarray,
+    rank_LE: np.ndarray,
+    present: Present,
+    surplus_LD: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Longest first onto the ranks of the node that each expert is on."""
-    load_LE = load_LBE.sum(1)
+    """Longest first onto the ranks of the node that each expert is on.
+
+    Args:
+        load_LE: assignments of the batch.
+        rank_LE: present rank of each expert; only its node matters.
+        present: the ranks.
+        surplus_LD: load that each rank should have beyond its share; None for none.
+    """
     node_LE = present.node_of_D[rank_LE]
+    start_LD = None if surplus_LD is None else -surplus_LD
     spread_LE = np.empty_like(rank_LE)
     for node in range(int(present.node_of_D.max()) + 1):
         seats_D = np.where(present.node_of_D == node, present.seats_D, 0)
         here_LE = node_LE == node
-        seated_LE = longest_first(load_LE, seats_D, present.speed_D, here_LE)
+        seated_LE = longest_first(load_LE, seats_D, present.speed_D, here_LE, start_LD)
         spread_LE = np.where(here_LE, seated_LE, spread_LE)
     return spread_LE
 
@@ -122,6 +137,7 @@ def longest_first(
     seats_P: np.ndarray,
     speed_P: np.ndarray,
     chosen_LE: np.ndarray | None = None,
+    start_LP: np.ndarray | None = None,
 ) -> np.ndarray:
     """Each expert, heaviest first, to the place that is least loaded for its speed and has a seat.
 
@@ -132,6 +148,7 @@ def longest_first(
         seats_P: experts that each place can hold.
         speed_P: > 0.
         chosen_LE: bool, experts to place; None means all. There must be seats for all of them.
+        start_LP: load that each place has before; None for none.
 
     Returns:
         place_LE int64; -1 for experts not chosen.
@@ -140,6 +157,8 @@ def longest_first(
     order_LE = np.argsort(np.where(chosen_LE, -load_LE.astype(np.float64), np.inf), 1, "stable")
     place_LE = np.full(load_LE.shape, -1)
     load_LP = np.zeros((len(load_LE), len(seats_P)))
+    if start_LP is not None:
+        load_LP += start_LP
     left_LP = np.tile(seats_P, (len(load_LE), 1))
     for expert_L in order_LE.T:
         layer_L = np.flatnonzero(chosen_LE[np.arange(len(load_LE)), expert_L])
