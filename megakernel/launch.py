@@ -8,19 +8,21 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megakernel.config import KernelConfig, resolve_polls, resolve_workers
-from megakernel.kernel import Routing, Rows, Slots, moe_kernel
+from megakernel.kernel import Biases, Routing, Rows, Slots, moe_kernel
 from megakernel.replay import check_distinct_ids, check_slots
+from megakernel.rules import GateRule
 from megakernel.schedule import bound_tiles
 from megakernel.spec import KernelSpec
 from megakernel.workspace import Workspace, workspace_for
 
 INTERPRETED = isinstance(moe_kernel, InterpretedFunction)
 NO_SLOTS = Slots(None, None, None, None)
+NO_BIASES = Biases()
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One call's tensors, checked. Fields a route does not use are None."""
+    """One call's arguments, checked. Fields a route does not use are None or 0."""
 
     x_TH: Tensor
     router_EH: Tensor | None
@@ -30,10 +32,13 @@ class Layer:
     slots: Slots
     replay_rows: Rows | None
     y_TH: Tensor
+    biases: Biases = NO_BIASES
+    capacity: int = 0
+    seed: int = 0
 
 
 def make_spec(
-    layer: Layer, route: str, split: str, renormalize: bool, config: KernelConfig
+    layer: Layer, route: str, split: str, gate: GateRule, config: KernelConfig
 ) -> KernelSpec:
     """Collect what the compiler must know."""
     num_experts, hidden, intermediate = layer.down_EHI.shape
@@ -41,7 +46,7 @@ def make_spec(
     return KernelSpec(
         route=route,
         split=split,
-        renormalize=renormalize,
+        gate=gate,
         top_k=layer.routing.expert_of_TK.shape[1],
         num_experts=num_experts,
         num_slots=num_experts if slots.expert_of_P is None else len(slots.expert_of_P),
@@ -82,7 +87,7 @@ def stacked(
 
 
 def launch(
-    layer: Layer, route: str, split: str, renormalize: bool, num_tiles: int, config: KernelConfig
+    layer: Layer, route: str, split: str, gate: GateRule, num_tiles: int, config: KernelConfig
 ) -> None:
     """Run the layer: one Triton launch, nothing else, once the workspace is warm.
 
@@ -90,7 +95,7 @@ def launch(
         layer: checked tensors; outputs are written in place.
         route: see KernelSpec.
         split: see KernelSpec.
-        renormalize: whether a token's weights sum to one.
+        gate: how logits become choices and weights.
         num_tiles: row tiles of a replay; ignored otherwise.
         config: how to cut the work.
 
@@ -98,7 +103,7 @@ def launch(
         MegakernelStall, ValueError: what this call reported (CPU), or an earlier one (GPU).
     """
     device = layer.x_TH.device
-    spec = make_spec(layer, route, split, renormalize, config)
+    spec = make_spec(layer, route, split, gate, config)
     num_tokens = len(layer.x_TH)
     if route != "replay":
         num_tiles = bound_tiles(num_tokens * spec.top_k, spec.num_slots, spec.block_rows)
@@ -109,9 +114,14 @@ def launch(
         workspace.raise_errors()
     num_workers = resolve_workers(config, device)
     arguments = kernel_arguments(layer, spec, num_tiles, workspace)
-    moe_kernel[(num_workers,)](
-        *arguments, num_workers, resolve_polls(config, device), C=spec, num_warps=config.num_warps
-    )
+    polls = resolve_polls(config, device)
+    try:
+        moe_kernel[(num_workers,)](
+            *arguments, num_workers, polls, C=spec, num_warps=config.num_warps
+        )
+    except Exception:
+        workspace.reset()  # an interrupted launch leaves counters that would stall the next one
+        raise
     if device.type == "cpu":
         workspace.raise_errors()
 
@@ -135,6 +145,7 @@ def kernel_arguments(
         layer.router_EH,
         stacked(layer.gate_up_E2IH, spec.block_i, spec.step, spec.weight_tma),
         stacked(layer.down_EHI, spec.block_h, spec.step, spec.weight_tma),
+        layer.biases,
         layer.routing,
         layer.slots,
         layer.replay_rows if spec.replay else scratch.rows,
@@ -144,5 +155,7 @@ def kernel_arguments(
         workspace.control,
         num_tokens,
         num_tiles,
+        layer.capacity,
+        layer.seed,
         scratch.schedule_id,
     )

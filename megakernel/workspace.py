@@ -122,6 +122,11 @@ class Workspace:
             counters = torch.zeros(counter_words, dtype=torch.int32, device=self.device)
             self.control = self.control._replace(counters=counters)
 
+    def reset(self) -> None:
+        """Bring counters and error words back to what a launch must find."""
+        self.control.counters.zero_()
+        self.control.error.zero_()
+
     def raise_errors(self) -> None:
         """Raise what an earlier launch reported, once. Does not synchronise."""
         report = self.control.report
@@ -130,7 +135,7 @@ class Workspace:
         words = report.tolist()
         report.zero_()
         if words[STALL_AT]:
-            self.control.counters.zero_()
+            self.reset()
             raise MegakernelStall(describe_stall(words, self.schedules[words[SCHEDULE_AT]]))
         raise ValueError(describe_bad_input(words))
 
