@@ -171,14 +171,16 @@ def _add_planner_options(sub: argparse.ArgumentParser) -> None:
 def _read(options: argparse.Namespace, num_ranks: int) -> Trace | formats.Routes:
     if options.trace == "synthetic":
         return _synthetic(options, num_ranks)
-    return formats.read(
-        options.trace,
-        options.format,
-        num_experts=options.num_experts,
-        num_layers=options.num_layers,
-        top_k=options.top_k,
-        moe_layers=options.moe_layers,
-    )
+    with _progress(options, None, "files") as bar:
+        return formats.read(
+            options.trace,
+            options.format,
+            num_experts=options.num_experts,
+            num_layers=options.num_layers,
+            top_k=options.top_k,
+            moe_layers=options.moe_layers,
+            on_file=bar.update,
+        )
 
 
 def _read_trace(options: argparse.Namespace, num_ranks: int) -> Trace:
@@ -236,7 +238,7 @@ def _shape(trace: Trace) -> str:
     )
 
 
-def _progress(options: argparse.Namespace, total: int, unit: str) -> Any:
+def _progress(options: argparse.Namespace, total: int | None, unit: str) -> Any:
     # Here, so that importing balance does not need tqdm.
     from tqdm import tqdm
 

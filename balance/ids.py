@@ -102,4 +102,5 @@ def _names_one_twice(ids_TLK: np.ndarray) -> np.ndarray:
 
 
 def rows_per_chunk(ids_TLK: np.ndarray) -> int:
+    """Rows whose ids, widened to 8 bytes, still take some 50 MB only."""
     return max(1, _IDS_PER_CHUNK // (ids_TLK.shape[1] * ids_TLK.shape[2]))

@@ -73,10 +73,18 @@ def plot_compare(outcomes: Sequence[Outcome], topology: Topology, label: str, pa
             balance.imbalance_p95,
             balance.imbalance_worst,
         )
-        ours = outcome.name == OURS
-        axes.barh(y, average - 1, left=1, height=0.62, color=_BLUE if ours else _ORANGE, zorder=2)
-        axes.plot([average, worst], [y, y], color=_GREY, linewidth=1, zorder=1)
+        color = _BLUE if outcome.name == OURS else _ORANGE
         first = y == 0
+        axes.barh(
+            y,
+            average - 1,
+            left=1,
+            height=0.62,
+            color=color,
+            zorder=2,
+            label="average" if first else "",
+        )
+        axes.plot([average, worst], [y, y], color=_GREY, linewidth=1, zorder=1)
         axes.plot(
             p95, y, "|", color=_GREY, markersize=12, label="95th percentile" if first else ""
         )

@@ -7,7 +7,7 @@ were recorded, in a ``Trace``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def read(
     num_layers: int | None = None,
     top_k: int | None = None,
     moe_layers: Sequence[int] | None = None,
+    on_file: Callable[[], object] = lambda: None,
 ) -> Trace | Routes:
     """Read recorded routing from a file or folder.
 
@@ -64,6 +65,7 @@ def read(
             (all but trace, npz and fingerprint).
         num_layers, top_k: of the model; needed for SGLang, whose payload has no shape.
         moe_layers: layers to keep where dense layers were recorded too.
+        on_file: called after each file of a folder of fingerprints, for a progress bar.
 
     Raises:
         ValueError: on an unknown format, a missing argument, or ids that would be miscounted.
@@ -77,7 +79,7 @@ def read(
     if format == "npz":
         return read_npz(path, num_experts, layers)
     if format == "fingerprint":
-        return read_fingerprints(path, 32 if num_experts is None else num_experts)
+        return read_fingerprints(path, num_experts, layers, on_file)
     if format not in FORMATS:
         raise ValueError(f"format must be auto or one of {', '.join(FORMATS)}, got {format!r}")
     if num_experts is None:

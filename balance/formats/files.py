@@ -62,14 +62,15 @@ def write_npz(path: Path, routes: Routes) -> None:
 
 def read_fingerprints(
     path: Path,
-    num_experts: int = _FINGERPRINT_EXPERTS,
+    num_experts: int | None = None,
+    moe_layers: list[int] | None = None,
     on_file: Callable[[], object] = lambda: None,
 ) -> Routes:
     """Routes of one ``*_examples.json``, or of all below a folder, each one generation.
 
     Layout: ``router_data`` is a list of ``token_<position>`` → ``layer_<l>`` →
     ``selected_experts``, best first; ``dataset`` and ``category`` make the domain. Generated
-    tokens only.
+    tokens only. The number of experts is gpt-oss-20b's when not given.
     """
     files = sorted(path.rglob("*_examples.json")) if path.is_dir() else [path]
     sequences, domains = [], []
@@ -82,7 +83,13 @@ def read_fingerprints(
         on_file()
     if not sequences:
         raise ValueError(f"path must hold *_examples.json with router_data, got {path}")
-    return join(sequences, num_experts, domain_S=domains, label=f"{path.stem} fingerprints")
+    return join(
+        sequences,
+        _FINGERPRINT_EXPERTS if num_experts is None else num_experts,
+        moe_layers=moe_layers,
+        domain_S=domains,
+        label=f"{path.stem} fingerprints",
+    )
 
 
 def _fingerprint_ids(generation: dict[str, Any]) -> np.ndarray:
