@@ -1,7 +1,8 @@
 """Where tests run, from which seeds, and on what memory.
 
-Without CUDA every kernel runs in Triton's interpreter, which has to be chosen before anything
-imports Triton; tests of balance and reference import it at no time.
+Kernels run on the GPU under ``pytest -m gpu``, which selects the tests made for it, and in Triton's
+interpreter otherwise. That has to be chosen before anything imports Triton, so a run is one or the
+other; tests of balance and reference import it at no time.
 """
 
 import os
@@ -11,10 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from hypothesis import settings
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)  # a second thread may change the order of a sum
 
@@ -26,21 +23,40 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 POISON = 0xFF  # as bytes of a scratch tensor: NaN in every float type, -1 in every integer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the bodies of the GPU tests run where there is no GPU."""
+    parser.addoption(
+        "--interpret-gpu-tests",
+        action="store_true",
+        help="run tests marked gpu in the interpreter, on shrunken shapes, as far as they go",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the interpreter, unless this run selects the GPU's tests and can run them."""
+    selected = config.getoption("markexpr")
+    selects_gpu = "gpu" in selected and "not gpu" not in selected
+    if not (selects_gpu and torch.cuda.is_available()):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def why_no_gpu() -> str | None:
-    """Return why tests marked ``gpu`` can not run here, or None."""
+    """Return why kernels can not run on a GPU here, or None."""
     if not torch.cuda.is_available():
         return "needs a CUDA device"
-    if INTERPRETED:
-        return "needs a CUDA device; TRITON_INTERPRET=1 sends every kernel to the interpreter"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "kernels are interpreted in this run: select the GPU's tests with -m gpu"
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of the device with the reason why there is none."""
-    if reason := why_no_gpu():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=reason))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests of the GPU with the reason why they can not run."""
+    reason = why_no_gpu()
+    if reason is None or config.getoption("--interpret-gpu-tests"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +65,14 @@ def device() -> torch.device:
     if why_no_gpu():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The GPU, for what no interpreter has: graphs, streams, profiles, allocation counts."""
+    if reason := why_no_gpu():
+        pytest.skip(reason)
+    return device
 
 
 @pytest.fixture(autouse=True)
