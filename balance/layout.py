@@ -43,8 +43,8 @@ def slot_arrays(
     Args:
         batch: loads and topology.
         slot_LE: slot of each home copy.
-        static_LM: expert of the batch-static copy in each spare slot of present ranks, -1 for none.
-        copy_BLM: expert of the micro-batch copy in it, -1 for none.
+        static_LM: expert of the batch-static copy in each spare slot of present ranks, or -1.
+        copy_BLM: expert of the micro-batch copy in it, or -1.
         home_unit_BLE: units that each home copy serves.
         spare_unit_BLM: units that each spare slot serves.
     """

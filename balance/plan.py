@@ -91,7 +91,14 @@ class Plan:
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
-        reason = why_illegal(self)
+        reason = why_illegal(
+            self.topology,
+            self.expert_of_BLP,
+            self.quota_BLP,
+            self.home_slot_LE,
+            self.is_static_LP,
+            self.load_BLRE.sum(2, dtype=np.int64),
+        )
         if reason is not None:
             raise ValueError(f"plan must be legal: {reason}")
 
