@@ -1,0 +1,48 @@
+"""Placements: the tables the kernel reads, and what is refused on construction."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megakernel import Placement
+
+
+def test_tables_of_a_small_example():
+    placement = Placement(torch.tensor([1, 0, -1, 1]))
+    slots = placement.slots
+    assert placement.num_experts == 2
+    assert placement.max_copies == 2
+    assert slots.expert_of_P.tolist() == [1, 0, -1, 1]
+    assert slots.copy_of_P.tolist() == [0, 0, 0, 1]
+    assert slots.copies_of_E.tolist() == [1, 2]
+    assert slots.slots_of_EV.tolist() == [[1, -1], [0, 3]]
+
+
+@given(st.integers(1, 6), st.lists(st.integers(-1, 5), max_size=9), st.randoms())
+def test_tables_are_inverse_to_each_other(num_experts, extra, rng):
+    experts = [*range(num_experts), *(e for e in extra if e < num_experts)]
+    rng.shuffle(experts)
+    slots = Placement(torch.tensor(experts)).slots
+    for slot, expert in enumerate(experts):
+        if expert >= 0:
+            assert slots.slots_of_EV[expert, slots.copy_of_P[slot]] == slot
+    assert slots.copies_of_E.tolist() == [experts.count(e) for e in range(num_experts)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.tensor([0.0]),), "expert_of_P must be an integer tensor, got torch.float32"),
+        (([0, 1],), "expert_of_P must be an integer tensor, got list"),
+        ((torch.tensor([[0]]),), r"expert_of_P must have 1 axes, got shape \(1, 1\)"),
+        ((torch.tensor([-1, -1]),), "no slot for expert 0"),
+        ((torch.tensor([], dtype=torch.int64),), "no slot for expert 0"),
+        ((torch.tensor([0]), torch.tensor([0])), "slot_of_TK must have 2 axes"),
+        ((torch.tensor([0]), torch.empty(1, 1, dtype=torch.int32, device="meta")), "meta"),
+    ],
+    ids=["float", "list", "two axes", "all empty", "no slots", "slots of one axis", "device"],
+)
+def test_maps_that_make_no_placement_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Placement(*arguments)

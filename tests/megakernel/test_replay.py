@@ -1,0 +1,89 @@
+"""Row tables of a recorded routing: the same rows the launch would choose."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megakernel import KernelConfig, Placement, moe_routed, prepare_replay
+from megakernel.replay import stable_rank
+from megakernel.workspace import workspace_for
+from tests.cases import SHAPES
+from tests.support import SMALL, assert_same_bits, make_inputs
+
+NUM_EXPERTS = 5
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> torch.Tensor:
+    """Draw distinct ids per token, some of them -1."""
+    token = st.permutations(range(NUM_EXPERTS)).map(lambda ids: ids[:3])
+    ids = torch.tensor(draw(st.lists(token, min_size=1, max_size=40)))
+    skipped = draw(st.lists(st.integers(0, ids.numel() - 1), max_size=4))
+    ids.view(-1)[skipped] = -1
+    return ids
+
+
+PLACEMENTS = {
+    "identity": None,
+    "even": Placement(torch.tensor([4, 0, 1, -1, 2, 3, 0, 2, 0])),
+}
+
+
+def test_stable_rank_counts_earlier_members_of_the_class():
+    assert stable_rank(torch.tensor([2, 0, 2, -1, 2, -1])).tolist() == [0, 0, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@given(routings())
+def test_every_assignment_has_one_row_of_a_tile_of_its_expert(placement, ids_TK):
+    replay = prepare_replay(ids_TK, NUM_EXPERTS, placement, SMALL)
+    rows = replay.rows
+    row_A, expert_A = rows.row_of_TK.flatten(), ids_TK.flatten()
+    served_A = expert_A >= 0
+    assert torch.equal(row_A < 0, ~served_A)
+    assert max(Counter(row_A[served_A].tolist()).values(), default=1) == 1
+    tile_A = row_A[served_A] // SMALL.block_rows
+    assert torch.equal(rows.expert_of_tile[tile_A], expert_A[served_A].int())
+    assert bool((row_A[served_A] % SMALL.block_rows < rows.rows_of_tile[tile_A]).all())
+    assert torch.equal(rows.assignment_of_C[row_A[served_A]], served_A.nonzero().flatten().int())
+    assert int(rows.rows_of_tile.sum()) == int(served_A.sum())
+    assert replay.num_tiles == len(rows.rows_of_tile)
+    assert bool((rows.rows_of_tile > 0).all())
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_rows_are_those_of_the_live_dispatch(placement):
+    case = SHAPES[5]  # 13 experts
+    inputs = make_inputs(case)
+    generator = torch.Generator().manual_seed(3)
+    ids_TK = torch.rand(case.T, case.E, generator=generator).argsort(1)[:, : case.K].contiguous()
+    if placement is not None:
+        placement = Placement(torch.tensor([*range(case.E), 3, 3, -1, 0]))
+    gate_TK = torch.ones(case.T, case.K)
+    moe_routed(inputs.x_TH, ids_TK, gate_TK, inputs.experts, placement=placement, config=SMALL)
+    num_slots = case.E if placement is None else placement.num_slots
+    (live,) = [
+        scratch
+        for scratch in workspace_for(inputs.x_TH.device).views.values()
+        if scratch.schedule.spec.route == "given"
+        and (scratch.schedule.num_tokens, scratch.schedule.spec.num_slots) == (case.T, num_slots)
+    ]
+    replay = prepare_replay(ids_TK, case.E, placement, SMALL)
+    assert_same_bits(actual=live.rows.row_of_TK, expected=replay.rows.row_of_TK)
+
+
+def test_named_slots_are_used():
+    ids_TK = torch.tensor([[0, 1], [1, 0]])
+    placement = Placement(torch.tensor([0, 1, 1]), torch.tensor([[0, 2], [1, 0]]))
+    rows = prepare_replay(ids_TK, 2, placement, SMALL).rows
+    assert (rows.row_of_TK // SMALL.block_rows).tolist() == [[0, 2], [1, 0]]
+
+
+def test_the_default_height_is_that_of_the_default_config():
+    replay = prepare_replay(torch.zeros(8, 1, dtype=torch.int64), 1)
+    assert replay.block_rows == 32  # interpreted
+    tall = prepare_replay(torch.zeros(8, 1, dtype=torch.int64), 1, config=KernelConfig())
+    assert tall.block_rows == 128
