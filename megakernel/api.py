@@ -14,7 +14,7 @@ from megakernel.checks import (
     check_size,
 )
 from megakernel.config import KernelConfig, default_config
-from megakernel.kernel import Routing
+from megakernel.kernel import Biases, Routing
 from megakernel.launch import NO_SLOTS, Layer, launch
 from megakernel.layer import Experts, MoEOutput, Router
 from megakernel.op import launch_op
@@ -37,11 +37,12 @@ def moe(
     y[t] = sum over k of gate[t, k] · down[e] · (silu(gate_rows[e] · x[t]) * (up_rows[e] · x[t])),
     with e = expert_of_TK[t, k]. Accumulates in float32, sums over k in k order, rounds once. The
     bits do not depend on the number of workers, the placement, the split over replicas, replay or
-    live, or on the other tokens of the call, given one config.
+    live, or on the other tokens of the call, given one config. (A capacity makes the choices of a
+    token depend on the tokens before it.)
 
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous; T may be 0.
-        router_weight_EH: [E, H], dtype of x_TH, contiguous.
+        router_weight_EH: [E, H], dtype of x_TH or float32, contiguous.
         experts: weights, dtype of x_TH.
         router: how many experts a token gets and how they are weighted.
         replay: recorded routing from prepare_replay; the gate then only weighs the given ids.
@@ -57,23 +58,24 @@ def moe(
         MegakernelStall: when a wait inside a launch ran past its bound.
     """
     check_call(x_TH, experts)
-    check_router(router_weight_EH, router, experts, x_TH)
+    check_router(router_weight_EH, router, experts, x_TH, placement if replay is None else None)
     shape_TK = (len(x_TH), router.top_k)
     config = choose_config(config, shape_TK, experts, x_TH, replay)
     if replay is None:
         check_placement(placement, experts, shape_TK, x_TH)
         expert_of_TK = x_TH.new_empty(shape_TK, dtype=torch.int32)
+        make_load = x_TH.new_empty if len(x_TH) else x_TH.new_zeros
+        load_E = make_load(experts.num_experts, dtype=torch.int32)
     else:
         check_replay(replay, placement, experts, shape_TK, x_TH, config)
-        expert_of_TK = replay.expert_of_TK
+        expert_of_TK, load_E = replay.expert_of_TK, replay.load_E
     gate_TK = x_TH.new_empty(shape_TK, dtype=torch.float32)
     logits_TE = x_TH.new_empty((len(x_TH), experts.num_experts), dtype=torch.float32)
     y_TH = torch.empty_like(x_TH)
-    routing = Routing(expert_of_TK, gate_TK, logits_TE, None)
+    routing = Routing(expert_of_TK, gate_TK, logits_TE, None, load_E if replay is None else None)
     if len(x_TH):
-        start(x_TH, router_weight_EH, experts, routing, router.renormalize, replay, placement,
-              y_TH, config)  # fmt: skip
-    return MoEOutput(y_TH, expert_of_TK, gate_TK, logits_TE)
+        start(x_TH, router_weight_EH, router, experts, routing, replay, placement, y_TH, config)
+    return MoEOutput(y_TH, expert_of_TK, gate_TK, logits_TE, load_E)
 
 
 def moe_routed(
@@ -112,16 +114,16 @@ def moe_routed(
     y_TH = torch.empty_like(x_TH)
     routing = Routing(expert_of_TK, gate_TK, None, None)
     if len(x_TH):
-        start(x_TH, None, experts, routing, False, None, placement, y_TH, config)
+        start(x_TH, None, Router(shape_TK[1]), experts, routing, None, placement, y_TH, config)
     return y_TH
 
 
 def start(
     x_TH: Tensor,
     router_EH: Tensor | None,
+    router: Router,
     experts: Experts,
     routing: Routing,
-    renormalize: bool,
     replay: Replay | None,
     placement: Placement | None,
     y_TH: Tensor,
@@ -136,13 +138,14 @@ def start(
         routing = routing._replace(slot_of_TK=placement.slot_int32_TK)
     layer = Layer(
         x_TH, router_EH, experts.gate_up_E2IH, experts.down_EHI, routing, slots,
-        replay.rows if replay else None, y_TH,
+        replay.rows if replay else None, y_TH, Biases(router.bias_E, router.correction_bias_E),
+        router.capacity or 0, router.random_second_seed or 0,
     )  # fmt: skip
     num_slots = placement.num_slots if placement else experts.num_experts
     check_size(len(x_TH), routing.expert_of_TK.shape[1], num_slots, config)
     num_tiles = replay.num_tiles if replay else 0
     run = launch_op if torch.compiler.is_compiling() else launch
-    run(layer, route, split, renormalize, num_tiles, config)
+    run(layer, route, split, router.rule, num_tiles, config)
 
 
 def choose_config(

@@ -89,14 +89,40 @@ def check_replay(
         )
 
 
-def check_router(router_EH: Tensor, router: Router, experts: Experts, x_TH: Tensor) -> None:
+def check_router(
+    router_EH: Tensor,
+    router: Router,
+    experts: Experts,
+    x_TH: Tensor,
+    placement: Placement | None,
+) -> None:
     """Check the gate's weight and what it is asked for."""
+    num_experts = experts.num_experts
     check_tensor("router_weight_EH", router_EH, 2)
-    check_shape("router_weight_EH", router_EH, (experts.num_experts, x_TH.shape[1]))
-    check_like("router_weight_EH", router_EH, "x_TH", x_TH)
+    check_shape("router_weight_EH", router_EH, (num_experts, x_TH.shape[1]))
+    if router_EH.dtype != torch.float32:
+        check_like("router_weight_EH", router_EH, "x_TH", x_TH)
+    check_device("router_weight_EH", router_EH, x_TH)
     check_no_grad("router_weight_EH", router_EH)
-    if router.top_k > experts.num_experts:
-        raise ValueError(f"top_k must be at most E={experts.num_experts}, got {router.top_k}")
+    for name in ("bias_E", "correction_bias_E"):
+        bias_E = getattr(router, name)
+        if bias_E is not None:
+            check_shape(name, bias_E, (num_experts,))
+            check_device(name, bias_E, x_TH)
+            check_no_grad(name, bias_E)
+    if num_experts % router.num_groups:
+        raise ValueError(f"num_groups must divide E={num_experts}, got {router.num_groups}")
+    num_choosable = num_experts // router.num_groups * router.top_groups
+    if router.top_k > num_choosable:
+        most = f"E={num_experts}"
+        if router.num_groups > 1:
+            most = f"the {num_choosable} experts of {router.top_groups} groups"
+        raise ValueError(f"top_k must be at most {most}, got {router.top_k}")
+    if router.capacity is not None and placement is not None and placement.slot_of_TK is not None:
+        raise ValueError(
+            "slot_of_TK must be None with a capacity, which counts tokens per expert and not per "
+            f"slot, got shape {tuple(placement.slot_of_TK.shape)}"
+        )
 
 
 def check_routing_tensors(

@@ -25,6 +25,7 @@ from megakernel.config import SHARED_LIMIT_BYTES, SHIPPED, KernelConfig, default
 from megakernel.kernel import Routing, Rows, moe_kernel
 from megakernel.launch import NO_SLOTS, Layer, kernel_arguments, make_spec
 from megakernel.models import MODELS, ModelShape
+from megakernel.rules import GateRule
 from megakernel.sass import Code, CubinReport, read_cubin, workers_per_sm
 from megakernel.spec import KernelSpec
 from megakernel.workspace import Workspace
@@ -56,7 +57,7 @@ class CompileCase:
     def spec(self) -> KernelSpec:
         """What the compiler must know; cases with equal specs compile to the same code."""
         layer = make_layer(self.model, self.mode, self.config.block_rows)
-        spec = make_spec(layer, ROUTE_OF_MODE[self.mode], "one", True, self.config)
+        spec = make_spec(layer, ROUTE_OF_MODE[self.mode], "one", GateRule(), self.config)
         return replace(spec, interpreted=False)
 
     @property

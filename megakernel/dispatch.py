@@ -1,4 +1,4 @@
-"""Device functions of gate, prefix and scatter: from tokens to rows, with no atomic choosing one.
+"""Device functions of prefix and scatter: from choices to rows, with no atomic choosing one.
 
 A row is found by stable counting. A gate task counts its tile's assignments per bin and ranks
 each within the tile; the prefix tasks turn the counts of all tiles into first ordinals; a scatter
@@ -16,101 +16,7 @@ ID_OUT_OF_RANGE = tl.constexpr(1)
 ID_TWICE = tl.constexpr(2)
 SLOT_OF_OTHER_EXPERT = tl.constexpr(3)
 
-_LEAST = tl.constexpr(-(1 << 31))
 _GREATEST = tl.constexpr((1 << 31) - 1)
-
-
-@triton.jit
-def dot(left, right, acc, C: tl.constexpr):
-    """Return acc + left · right in float32, never in TF32.
-
-    Interpreted, ``tl.dot`` would multiply the raw bits of bfloat16, and its BLAS lets the rounding
-    of a row depend on the row's place in the tile; a plain sum does neither.
-    """
-    if C.interpreted:
-        products = left.to(tl.float32)[:, :, None] * right.to(tl.float32)[None, :, :]
-        acc = acc + tl.sum(products, 1)
-    else:
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def store_logits(x_TH, router_EH, logits_TE, first_token, num_tokens, C: tl.constexpr):
-    """Write x · routerᵀ for one token tile, ``block_experts`` columns at a time."""
-    token = first_token + tl.arange(0, C.block_tokens)
-    x_row = x_TH + token.to(tl.int64)[:, None] * C.hidden
-    for first_expert in range(0, C.num_experts, C.block_experts):
-        expert = first_expert + tl.arange(0, C.block_experts)
-        acc = tl.full(C.logits_tile, 0.0, tl.float32)
-        for first_column in tl.range(0, C.hidden, C.step, num_stages=2):
-            column = first_column + tl.arange(0, C.step)
-            inside = (column < C.hidden)[None, :]
-            x = tl.load(
-                x_row + column[None, :], mask=(token < num_tokens)[:, None] & inside, other=0.0
-            )
-            router = tl.load(
-                router_EH + expert[:, None] * C.hidden + column[None, :],
-                mask=(expert < C.num_experts)[:, None] & inside,
-                other=0.0,
-            )
-            acc = dot(x, router.T, acc, C)
-        tl.store(
-            logits_TE + token.to(tl.int64)[:, None] * C.num_experts + expert[None, :],
-            acc,
-            mask=(token < num_tokens)[:, None] & (expert < C.num_experts)[None, :],
-        )
-
-
-@triton.jit
-def load_logits(logits_TE, token, num_tokens, C: tl.constexpr):
-    """Load all logits of some tokens, -inf in the padding."""
-    expert = tl.arange(0, C.experts_pad)
-    return tl.load(
-        logits_TE + token.to(tl.int64)[:, None] * C.num_experts + expert[None, :],
-        mask=(token < num_tokens)[:, None] & (expert < C.num_experts)[None, :],
-        other=float("-inf"),
-    )  # [select_tokens, experts_pad]
-
-
-@triton.jit
-def choose(logits, C: tl.constexpr):
-    """Return the ids of the top_k largest logits, best first; ties go to the lower id.
-
-    Logits are compared as integers in float order, NaN above everything and both zeros equal, so
-    any input gives distinct ids in range.
-    """
-    expert = tl.arange(0, C.experts_pad)[None, :]
-    bits = logits.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ _GREATEST, bits)
-    key = tl.where(logits == 0.0, 0, key)
-    key = tl.where(logits != logits, _GREATEST, key)
-    key = tl.where(expert < C.num_experts, key, _LEAST)
-    choice = tl.arange(0, C.top_k_pad)[None, :]
-    chosen = tl.full(C.choice_tile, -1, tl.int32)
-    for k in range(C.top_k):
-        best = tl.max(key, 1)[:, None]
-        winner = tl.min(tl.where(key == best, expert, C.experts_pad), 1)[:, None]
-        chosen = tl.where(choice == k, winner, chosen)
-        key = tl.where(expert == winner, _LEAST, key)
-    return chosen  # [select_tokens, top_k_pad]
-
-
-@triton.jit
-def weigh(logits_TE, token, num_tokens, chosen, C: tl.constexpr):
-    """Return the softmax weight of each chosen id, over the chosen or over all experts."""
-    valid = chosen >= 0
-    logit = tl.load(
-        logits_TE + token.to(tl.int64)[:, None] * C.num_experts + chosen,
-        mask=valid,
-        other=float("-inf"),
-    )
-    pool = logit if C.renormalize else load_logits(logits_TE, token, num_tokens, C)
-    # A token without any expert has nothing to divide by.
-    served = tl.max(valid.to(tl.int32), 1)[:, None] > 0
-    top = tl.where(served, tl.max(pool, 1)[:, None], 0.0)
-    total = tl.where(served, tl.sum(tl.exp(pool - top), 1)[:, None], 1.0)
-    return tl.where(valid, tl.exp(logit - top) / total, 0.0)
 
 
 @triton.jit
@@ -191,42 +97,6 @@ def count(bins, before, token, num_tokens, rank_TK, C: tl.constexpr):
 
 
 @triton.jit
-def gate_tile(tile, x_TH, router_EH, routing, slots, rows, control, num_tokens, C: tl.constexpr):
-    """Route one token tile: logits, ids, weights, ranks within the tile, counts per bin.
-
-    Reads: x_TH, router_EH; ids where they are given. Writes: logits_TE, expert_of_TK, gate_TK,
-    rank_TK and one row of base_GB, as far as the route leaves them open.
-    """
-    first_token = tile * C.block_tokens
-    if C.route != "given":
-        store_logits(x_TH, router_EH, routing.logits_TE, first_token, num_tokens, C)
-        tl.debug_barrier()  # the selection reads what other threads stored
-    counts = tl.full(C.bins_row, 0, tl.int32)
-    choice = tl.arange(0, C.top_k_pad)[None, :]
-    for start in range(0, C.block_tokens, C.select_tokens):
-        token = first_token + start + tl.arange(0, C.select_tokens)
-        inside = (token < num_tokens)[:, None] & (choice < C.top_k)
-        place = token.to(tl.int64)[:, None] * C.top_k + choice
-        if C.route == "live":
-            ids = choose(load_logits(routing.logits_TE, token, num_tokens, C), C)
-            ids = tl.where(inside, ids, -1)
-            tl.store(routing.expert_of_TK + place, ids, mask=inside)
-        else:
-            ids = load_ids(routing.expert_of_TK, token, num_tokens, C)
-        if C.route != "given":
-            gate = weigh(routing.logits_TE, token, num_tokens, ids, C)
-            tl.store(routing.gate_TK + place, gate, mask=inside)
-        if C.route == "given":
-            ids = check_ids(ids, token, control, C)
-        if not C.replay:
-            bins = bin_of(ids, token, routing, slots, control, C)
-            counts = count(bins, counts, token, num_tokens, rows.rank_TK, C)
-    if not C.replay:
-        bin_index = tl.arange(0, C.bins_pad)
-        tl.store(rows.base_GB + tile * C.num_bins + bin_index, counts, mask=bin_index < C.num_bins)
-
-
-@triton.jit
 def prefix_bins(block, rows, num_tokens, C: tl.constexpr):
     """Turn the tiles' counts of some bins into first ordinals, in place, and write the totals."""
     bin_index = block * C.PREFIX_BINS + tl.arange(0, C.PREFIX_BINS)
@@ -243,18 +113,22 @@ def prefix_bins(block, rows, num_tokens, C: tl.constexpr):
 
 
 @triton.jit
-def rows_per_slot(rows, slots, C: tl.constexpr):
-    """Return how many rows each slot receives."""
+def rows_per_slot(rows, slots, capacity, C: tl.constexpr):
+    """Return how many rows each slot receives; an expert gets at most ``capacity``."""
     slot = tl.arange(0, C.slots_pad)
     inside = slot < C.num_slots
     if C.split == "even":
         expert = tl.load(slots.expert_of_P + slot, mask=inside, other=-1)
         total = tl.load(rows.total_B + expert, mask=expert >= 0, other=0)
+        if C.gate.capped:
+            total = tl.minimum(total, capacity)
         copies = tl.load(slots.copies_of_E + expert, mask=expert >= 0, other=1)
         copy = tl.load(slots.copy_of_P + slot, mask=expert >= 0, other=0)
         num_rows = (total - copy + copies - 1) // copies
     else:
         num_rows = tl.load(rows.total_B + slot, mask=inside, other=0)
+        if C.gate.capped:
+            num_rows = tl.minimum(num_rows, capacity)
     return num_rows  # [slots_pad]
 
 
@@ -281,15 +155,43 @@ def fill_tile_table(first, last, num_rows, tile_start, rows, slots, C: tl.conste
 
 
 @triton.jit
-def scatter_tile(tile, routing, slots, rows, num_tokens, num_tiles, C: tl.constexpr):
+def store_load(load_E, rows, slots, C: tl.constexpr):
+    """Write how many choices each expert has, before any is dropped over capacity."""
+    expert = tl.arange(0, C.experts_pad)
+    inside = expert < C.num_experts
+    if C.split == "slot":
+        load = tl.full(C.experts_row, 0, tl.int32)
+        for copy in range(C.max_copies):
+            slot = tl.load(slots.slots_of_EV + expert * C.max_copies + copy, mask=inside, other=-1)
+            load += tl.load(rows.total_B + slot, mask=slot >= 0, other=0)
+    else:
+        load = tl.load(rows.total_B + expert, mask=inside, other=0)
+    tl.store(load_E + expert, load, mask=inside)
+
+
+@triton.jit
+def drop(routing, assignment, dropped):
+    """Report choices over capacity: id -1 and weight 0."""
+    tl.debug_barrier()  # other threads may still have to read these ids
+    tl.store(routing.expert_of_TK + assignment, -1, mask=dropped)
+    tl.store(routing.gate_TK + assignment, 0.0, mask=dropped)
+
+
+@triton.jit
+def scatter_tile(
+    tile, routing, slots, rows, num_tokens, num_tiles, capacity, C: tl.constexpr
+):  # fmt: skip
     """Place one token tile's assignments in rows, and write a share of the row tile table.
 
     Reads: ids or slots, rank_TK, base_GB, total_B. Writes: row_of_TK, assignment_of_C, its share
-    of expert_of_tile and rows_of_tile. Every task derives the slots' first tiles for itself, which
-    is cheaper than one more wait.
+    of expert_of_tile and rows_of_tile; ids and weights of choices over capacity; task 0 load_E.
+    Every task derives the slots' first tiles for itself, which is cheaper than one more wait.
     """
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
-    num_rows = rows_per_slot(rows, slots, C)
+    if routing.load_E is not None:  # noqa: SIM102  (known when compiling; the next is not)
+        if tile == 0:
+            store_load(routing.load_E, rows, slots, C)
+    num_rows = rows_per_slot(rows, slots, capacity, C)
     slot_tiles = (num_rows + C.block_rows - 1) // C.block_rows
     tile_start = tl.cumsum(slot_tiles, 0) - slot_tiles
     slot_index = tl.arange(0, C.slots_pad)
@@ -313,6 +215,9 @@ def scatter_tile(tile, routing, slots, rows, num_tokens, num_tiles, C: tl.conste
         ordinal = rank + tl.load(
             rows.base_GB + tile * C.num_bins + bin_index, mask=placed, other=0
         )
+        if C.gate.capped:
+            drop(routing, assignment, placed & (ordinal >= capacity))
+            placed = placed & (ordinal < capacity)
         slot = bin_index
         if C.split == "even":
             copies = tl.load(slots.copies_of_E + bin_index, mask=placed, other=1)

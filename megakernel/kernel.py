@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakernel.dispatch import gate_tile, prefix_bins, scatter_tile
+from megakernel.dispatch import prefix_bins, scatter_tile
+from megakernel.gate import gate_tile
 from megakernel.queue import claim, leave, signal, wait
 from megakernel.schedule import phase_of, tail_of, tile_of
 from megakernel.tiles import combine_tile, ffn1_tile, ffn2_tile
@@ -19,6 +20,14 @@ class Routing(NamedTuple):
     gate_TK: Tensor  # input when given, else fp32 output
     logits_TE: Tensor | None  # fp32 output
     slot_of_TK: Tensor | None  # int32 input when split is "slot"
+    load_E: Tensor | None = None  # int32 output of a live launch: choices per expert
+
+
+class Biases(NamedTuple):
+    """What is added to sums; None where nothing is."""
+
+    router_E: Tensor | None = None  # to the logits
+    correction_E: Tensor | None = None  # to the scores, for choosing only
 
 
 class Slots(NamedTuple):
@@ -52,17 +61,19 @@ class Control(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_tiles", "schedule_id", "num_workers", "max_polls"]
-)
+    do_not_specialize=[
+        "num_tokens", "num_tiles", "capacity", "seed", "schedule_id", "num_workers", "max_polls",
+    ]
+)  # fmt: skip
 def moe_kernel(
-    x_TH, router_EH, gate_up, down, routing, slots, rows,
+    x_TH, router_EH, gate_up, down, biases, routing, slots, rows,
     h_CI, y_CH, y_TH, control,
-    num_tokens, num_tiles, schedule_id, num_workers, max_polls, C: tl.constexpr,
+    num_tokens, num_tiles, capacity, seed, schedule_id, num_workers, max_polls, C: tl.constexpr,
 ):  # fmt: skip
     """Run the layer's task list.
 
     Grid: (num_workers,), any number; a program claims tasks until none is left.
-    Reads: x_TH, router_EH, gate_up and down (pointers, or descriptors when C.weight_tma).
+    Reads: x_TH, router_EH, biases, gate_up and down (pointers, or descriptors when C.weight_tma).
     Writes: y_TH, the outputs in ``routing``, and scratch.
     Order: see schedule.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
@@ -105,7 +116,10 @@ def moe_kernel(
                 ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C)
                 signal(control, C.first_tile_counter + tile, C)
         elif kind == C.GATE:
-            gate_tile(index, x_TH, router_EH, routing, slots, rows, control, num_tokens, C)
+            gate_tile(
+                index, x_TH, router_EH, biases, routing, slots, rows, control,
+                num_tokens, seed, C,
+            )  # fmt: skip
             signal(control, C.GATE_DONE, C)
         elif not C.replay:
             if kind == C.PREFIX:
@@ -113,7 +127,7 @@ def moe_kernel(
                     prefix_bins(index, rows, num_tokens, C)
                     signal(control, C.PREFIX_DONE, C)
             elif wait(control, C.PREFIX_DONE, C.prefix_blocks, task, max_polls, C):
-                scatter_tile(index, routing, slots, rows, num_tokens, num_tiles, C)
+                scatter_tile(index, routing, slots, rows, num_tokens, num_tiles, capacity, C)
                 signal(control, C.SCATTER_DONE, C)
         task = claim(control, C)
     leave(control, num_workers, C.first_tile_counter + num_tiles, schedule_id, C)

@@ -75,15 +75,27 @@ def fits_tma(weight: Tensor) -> bool:
     return row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
-def stacked(
-    weight_EXY: Tensor, block_rows: int, step: int, weight_tma: bool
+def tiled(
+    weight_EXY: Tensor, matrices: int, block_rows: int, spec: KernelSpec
 ) -> Tensor | TensorDescriptor:
-    """Return the weight as the kernel takes it: a descriptor of all rows, or the tensor."""
-    if not weight_tma:
+    """Return the weight as the kernel takes it: the tensor, or a descriptor of single matrices.
+
+    Args:
+        weight_EXY: contiguous weight of all experts.
+        matrices: how many matrices an expert's rows are stacked of, and a tile covers.
+        block_rows: rows of a tile in each matrix.
+        spec: says whether the copy engine reads it, and the depth of a step.
+    """
+    if not spec.weight_tma:
         return weight_EXY
-    rows = weight_EXY.shape[0] * weight_EXY.shape[1]
-    width = weight_EXY.shape[2]
-    return TensorDescriptor(weight_EXY, [rows, width], [width, 1], [block_rows, step])
+    num_experts, rows, width = weight_EXY.shape
+    height = rows // matrices
+    return TensorDescriptor(
+        weight_EXY,
+        [num_experts * matrices, height, width],
+        [height * width, width, 1],
+        [matrices, block_rows, spec.step],
+    )
 
 
 def launch(
@@ -143,8 +155,8 @@ def kernel_arguments(
     return (
         layer.x_TH,
         layer.router_EH,
-        stacked(layer.gate_up_E2IH, spec.block_i, spec.step, spec.weight_tma),
-        stacked(layer.down_EHI, spec.block_h, spec.step, spec.weight_tma),
+        tiled(layer.gate_up_E2IH, 2, spec.block_i, spec),
+        tiled(layer.down_EHI, 1, spec.block_h, spec),
         layer.biases,
         layer.routing,
         layer.slots,

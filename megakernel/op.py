@@ -4,18 +4,22 @@ import torch
 from torch import Tensor
 
 from megakernel.config import KernelConfig
-from megakernel.kernel import Routing, Rows, Slots
+from megakernel.kernel import Biases, Routing, Rows, Slots
 from megakernel.launch import NO_SLOTS, Layer, launch
+from megakernel.rules import GateRule
 
 
 @torch.library.custom_op(
-    "megakernel::launch", mutates_args=("y_TH", "expert_out_TK", "gate_out_TK", "logits_TE")
+    "megakernel::launch",
+    mutates_args=("y_TH", "expert_out_TK", "gate_out_TK", "logits_TE", "load_E"),
 )
 def _launch(
     x_TH: Tensor,
     router_EH: Tensor | None,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
+    router_bias_E: Tensor | None,
+    correction_bias_E: Tensor | None,
     expert_TK: Tensor | None,
     gate_TK: Tensor | None,
     slot_TK: Tensor | None,
@@ -25,23 +29,26 @@ def _launch(
     expert_out_TK: Tensor | None,
     gate_out_TK: Tensor | None,
     logits_TE: Tensor | None,
+    load_E: Tensor | None,
     route: str,
     split: str,
-    renormalize: bool,
+    gate: list[float],
     num_tiles: int,
+    capacity: int,
+    seed: int,
     config: list[int],
 ) -> None:
     ids_TK = expert_TK if expert_out_TK is None else expert_out_TK
     weights_TK = gate_TK if gate_out_TK is None else gate_out_TK
     assert ids_TK is not None and weights_TK is not None
-    routing = Routing(ids_TK, weights_TK, logits_TE, slot_TK)
+    routing = Routing(ids_TK, weights_TK, logits_TE, slot_TK, load_E)
     layer = Layer(
         x_TH, router_EH, gate_up_E2IH, down_EHI, routing,
         Slots(*slots) if slots else NO_SLOTS,
         Rows(None, None, None, None, *replay_rows) if replay_rows else None,
-        y_TH,
+        y_TH, Biases(router_bias_E, correction_bias_E), capacity, seed,
     )  # fmt: skip
-    launch(layer, route, split, renormalize, num_tiles, KernelConfig.decode(config))
+    launch(layer, route, split, GateRule.decode(gate), num_tiles, KernelConfig.decode(config))
 
 
 @_launch.register_fake
@@ -50,7 +57,7 @@ def _(*args: object, **kwargs: object) -> None:
 
 
 def launch_op(
-    layer: Layer, route: str, split: str, renormalize: bool, num_tiles: int, config: KernelConfig
+    layer: Layer, route: str, split: str, gate: GateRule, num_tiles: int, config: KernelConfig
 ) -> None:
     """Call :func:`megakernel.launch.launch` through the registered op; same arguments."""
     routing, slots, rows = layer.routing, layer.slots, layer.replay_rows
@@ -60,6 +67,7 @@ def launch_op(
         layer.router_EH,
         layer.gate_up_E2IH,
         layer.down_EHI,
+        *layer.biases,
         routing.expert_of_TK if ids_are_input else None,
         routing.gate_TK if gates_are_input else None,
         routing.slot_of_TK,
@@ -69,9 +77,12 @@ def launch_op(
         None if ids_are_input else routing.expert_of_TK,
         None if gates_are_input else routing.gate_TK,
         routing.logits_TE,
+        routing.load_E,
         route,
         split,
-        renormalize,
+        gate.encode(),
         num_tiles,
+        layer.capacity,
+        layer.seed,
         config.encode(),
     )

@@ -20,6 +20,7 @@ class Replay:
         block_rows: tile height the rows are padded to.
         num_tiles: row tiles that hold a row, exactly.
         rows: the kernel's tables.
+        load_E: [E] int32, choices per expert.
         placement: what the tables were built for.
     """
 
@@ -28,6 +29,7 @@ class Replay:
     block_rows: int
     num_tiles: int
     rows: Rows
+    load_E: Tensor
     placement: Placement | None
 
 
@@ -81,7 +83,8 @@ def prepare_replay(
         None, None, None, None, row_A.view(ids_TK.shape).int(), assignment_of_C.int(),
         expert_of_tile.int(), rows_of_tile.int(),
     )  # fmt: skip
-    return Replay(ids_TK, num_experts, config.block_rows, num_tiles, rows, placement)
+    load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
+    return Replay(ids_TK, num_experts, config.block_rows, num_tiles, rows, load_E, placement)
 
 
 def slots_of_assignments(

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 import triton
 
+from megakernel.rules import GateRule
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -18,7 +20,7 @@ class KernelSpec:
 
     route: str
     split: str
-    renormalize: bool
+    gate: GateRule
     top_k: int
     num_experts: int
     num_slots: int
@@ -90,6 +92,11 @@ class KernelSpec:
         return triton.next_power_of_2(self.top_k)
 
     @property
+    def group_size(self) -> int:
+        """Experts in one of the gate's groups."""
+        return self.num_experts // self.gate.num_groups
+
+    @property
     def prefix_blocks(self) -> int:
         """Prefix tasks of a live launch."""
         return -(-self.num_bins // self.PREFIX_BINS)
@@ -123,6 +130,16 @@ class KernelSpec:
         return self.select_tokens, self.top_k_pad
 
     @property
+    def experts_row(self) -> tuple[int]:
+        """[experts_pad]"""
+        return (self.experts_pad,)
+
+    @property
+    def groups_tile(self) -> tuple[int, int]:
+        """[select_tokens, least power of two that holds the gate's groups]"""
+        return self.select_tokens, triton.next_power_of_2(self.gate.num_groups)
+
+    @property
     def bins_tile(self) -> tuple[int, int]:
         """[select_tokens, bins_pad]"""
         return self.select_tokens, self.bins_pad
@@ -139,8 +156,13 @@ class KernelSpec:
 
     @property
     def ffn1_tile(self) -> tuple[int, int]:
-        """[block_rows, block_i]"""
-        return self.block_rows, self.block_i
+        """[block_rows, gate and up columns]"""
+        return self.block_rows, 2 * self.block_i
+
+    @property
+    def ffn1_halves(self) -> tuple[int, int, int]:
+        """[block_rows, gate or up, block_i]"""
+        return self.block_rows, 2, self.block_i
 
     @property
     def ffn2_tile(self) -> tuple[int, int]:

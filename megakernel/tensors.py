@@ -51,3 +51,15 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, "
                          f"got {tensor.device}")  # fmt: skip
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer in [1, 2^31)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be a positive integer below 2^31, got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer in [0, 2^31)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{name} must be an integer in [0, 2^31), got {value!r}")

@@ -63,7 +63,7 @@ class TaskRunner:
         self.logits_TE[tokens] = logits_TE
         ids_TK = reference.select(logits_TE, self.spec.top_k)
         self.expert_of_TK[tokens] = ids_TK
-        self.gate_TK[tokens] = reference.weigh(logits_TE, ids_TK, self.spec.renormalize)
+        self.gate_TK[tokens] = reference.weigh(logits_TE, ids_TK, self.spec.gate.renormalize)
         seen: dict[int, int] = defaultdict(int)
         for token, experts in enumerate(ids_TK.tolist(), start=tokens.start):
             for choice, expert in enumerate(experts):
