@@ -63,7 +63,8 @@ class MegakernelLayer:
             replay=self.replay,
             placement=self.placement,
         )
-        return output.y_TH, output.expert_of_TK.long()
+        # As they are: a cast to int64 would be a second launch.
+        return output.y_TH, output.expert_of_TK
 
 
 @dataclass

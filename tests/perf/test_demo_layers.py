@@ -57,6 +57,6 @@ def test_megakernel_layer_is_one_launch_of_the_same_layer(case, forced):
     watched = WatchedLayer(MegakernelLayer(TOP_K, 6, forced_TK), lambda: None)
     y_TH, ids_TK = watched(x_TH, weights)
     wanted_TH, wanted_TK = ReferenceLayer(TOP_K, forced_TK)(x_TH, weights)
-    assert torch.equal(ids_TK, wanted_TK)
+    assert torch.equal(ids_TK.long(), wanted_TK)
     torch.testing.assert_close(y_TH, wanted_TH, rtol=1e-5, atol=1e-5)
     assert watched.launches == 1
