@@ -1,5 +1,6 @@
 """From checked arguments to the one launch, directly or as a custom op under torch.compile."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -127,10 +128,13 @@ def launch(
     num_workers = resolve_workers(config, device)
     arguments = kernel_arguments(layer, spec, num_tiles, workspace)
     polls = resolve_polls(config, device)
+    # Triton launches on the current device, which need not be the tensors'.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        moe_kernel[(num_workers,)](
-            *arguments, num_workers, polls, C=spec, num_warps=config.num_warps
-        )
+        with current:
+            moe_kernel[(num_workers,)](
+                *arguments, num_workers, polls, C=spec, num_warps=config.num_warps
+            )
     except Exception:
         workspace.reset()  # an interrupted launch leaves counters that would stall the next one
         raise
