@@ -25,7 +25,8 @@ def choose_cross_node_copies(
 
         sum over micro-batches of max over node sets A of (load of experts only in A) / speed(A)
 
-    among the candidates with the largest estimated relief; a layer ends when no candidate helps.
+    among the candidates with the largest estimated relief. Picks after the lowest sum are undone;
+    then each copy in turn is taken out and picked again.
 
     Args:
         load_BLE: assignments per micro-batch, layer and expert.
@@ -42,16 +43,27 @@ def choose_cross_node_copies(
     copy_LS = torch.full((num_layers, len(node_of_S)), -1)
     load_LBE = torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double()
     home_LE, speeds = torch.from_numpy(node_LE), torch.from_numpy(speed_N)
-    open_layers = torch.arange(num_layers if num_nodes > 1 else 0)
+    best_LS = copy_LS.clone()
+    best_L = _levels(load_LBE, home_LE, copy_LS, node_of_S, speeds)[0].sum(1)
+    layers = torch.arange(num_layers if num_nodes > 1 else 0)
     for _ in range(len(node_of_S)):
-        if not len(open_layers):
-            break
-        picked_LS, helps = _pick(
-            load_LBE[open_layers], home_LE[open_layers], copy_LS[open_layers], node_of_S, speeds
+        picked_LS, level_L = _pick(
+            load_LBE[layers], home_LE[layers], copy_LS[layers], node_of_S, speeds
         )
-        copy_LS[open_layers[helps]] = picked_LS[helps]
-        open_layers = open_layers[helps]
-    return copy_LS.numpy(), node_of_S.numpy()
+        possible_L = level_L < torch.inf
+        layers, level_L = layers[possible_L], level_L[possible_L]
+        copy_LS[layers] = picked_LS[possible_L]
+        # Two nodes that are equally slow need two picks before the level falls.
+        better_L = level_L < best_L[layers] * (1 - 1e-9)
+        best_LS[layers[better_L]] = copy_LS[layers[better_L]]
+        best_L[layers[better_L]] = level_L[better_L]
+    for slot in range(len(node_of_S) if num_nodes > 1 else 0):
+        without_LS = best_LS.clone()
+        without_LS[:, slot] = -1
+        picked_LS, level_L = _pick(load_LBE, home_LE, without_LS, node_of_S, speeds)
+        better_L = level_L < best_L * (1 - 1e-9)
+        best_LS[better_L], best_L[better_L] = picked_LS[better_L], level_L[better_L]
+    return best_LS.numpy(), node_of_S.numpy()
 
 
 def _pick(
@@ -61,21 +73,20 @@ def _pick(
     node_of_S: torch.Tensor,
     speed_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One more copy for each layer: copy_LS, and whether it helps."""
+    """One more copy for each layer: copy_LS, and the summed level_L, inf where there is none."""
     num_nodes = len(speed_N)
-    level_LB, relief_LEN = _relief(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
+    relief_LEN = _relief(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
     exact = num_nodes <= subsets.MAX_RANKS
-    most = min(CANDIDATES if exact else CANDIDATES_BY_FLOW, relief_LEN[0].numel())
+    most = min(CANDIDATES if exact else CANDIDATES_BY_FLOW, relief_LEN[0:1].numel())
     relief_LV, choice_LV = relief_LEN.flatten(1).topk(most, dim=1)
-    tried = []
+    best_L = torch.full((len(load_LBE),), torch.inf, dtype=torch.float64)
+    best_LS = copy_LS.clone()
     for relief_L, choice_L in zip(relief_LV.T, choice_LV.T, strict=True):
         trial_LS = _place(copy_LS, choice_L // num_nodes, choice_L % num_nodes, node_of_S)
         level_L = _levels(load_LBE, node_LE, trial_LS, node_of_S, speed_N)[0].sum(1)
-        tried.append((torch.where(relief_L > 0, level_L, torch.inf), trial_LS))
-    best_L, winner_L = torch.stack([level_L for level_L, _ in tried]).min(0)
-    trials_VLS = torch.stack([trial_LS for _, trial_LS in tried])
-    helps_L = best_L < level_LB.sum(1) * (1 - 1e-9)
-    return trials_VLS[winner_L, torch.arange(len(load_LBE))], helps_L
+        better_L = (level_L < best_L) & (relief_L > 0)
+        best_LS[better_L], best_L[better_L] = trial_LS[better_L], level_L[better_L]
+    return best_LS, best_L
 
 
 def _levels(
@@ -86,9 +97,9 @@ def _levels(
     speed_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Node-level Hall value of every micro-batch, level_LB, and its tight set, tight_LBN."""
-    num_layers, num_micro_batches, num_experts = load_LBE.shape
+    num_layers, num_micro_batches, _ = load_LBE.shape
     level_N, tight_ND = split.bottleneck(
-        load_LBE.reshape(-1, num_experts),
+        load_LBE.flatten(0, 1),
         node_LE.repeat_interleave(num_micro_batches, 0),
         copy_LS.repeat_interleave(num_micro_batches, 0),
         node_of_S,
@@ -104,26 +115,32 @@ def _relief(
     copy_LS: torch.Tensor,
     node_of_S: torch.Tensor,
     speed_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels, and an estimate of what each new copy (expert, node) takes off the tight sets.
+) -> torch.Tensor:
+    """Estimate of what each new copy takes off the tight sets, [L, E, N].
 
     In every micro-batch at most the expert's load, if it is locked inside the tight set and the
-    node is outside; nothing where the node is full or holds the expert already.
+    node is outside, and at most what the set has too much; nothing where the node's slots are full
+    or it holds the expert already.
     """
     num_nodes = len(speed_N)
     level_LB, tight_LBN = _levels(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
     holds_LEN = torch.nn.functional.one_hot(node_LE, num_nodes).bool()
     layer, slot = (copy_LS >= 0).nonzero(as_tuple=True)
     holds_LEN[layer, copy_LS[layer, slot], node_of_S[slot]] = True
+    bound_LEN = holds_LEN & (holds_LEN.sum(2, keepdim=True) == 1)
+    room_LBN = level_LB[:, :, None] * speed_N - load_LBE @ bound_LEN.double()
     escapes_LBE = (~tight_LBN).float() @ holds_LEN.float().transpose(1, 2) > 0
     ideal_LB = load_LBE.sum(2) / speed_N.sum()
     excess_LB = (level_LB - ideal_LB) * (tight_LBN * speed_N).sum(2)
     gain_LBE = torch.minimum(load_LBE, excess_LB[:, :, None]) * ~escapes_LBE
-    relief_LEN = gain_LBE.float().transpose(1, 2) @ (~tight_LBN).float()
+    relief_LEN = gain_LBE.transpose(1, 2) @ (~tight_LBN).double()
+    # Room only breaks ties: a full node can still pass load on.
+    has_room_LBN = (room_LBN > 0) & ~tight_LBN
+    relief_LEN += 1e-3 * (gain_LBE.transpose(1, 2) @ has_room_LBN.double())
     full_LN = torch.stack(
         [(copy_LS[:, node_of_S == node] >= 0).all(1) for node in range(num_nodes)], dim=1
     )
-    return level_LB, relief_LEN.masked_fill(holds_LEN | full_LN[:, None, :], 0)
+    return relief_LEN.masked_fill(holds_LEN | full_LN[:, None, :], 0)
 
 
 def _place(

@@ -109,7 +109,7 @@ class _Node:
 
     @classmethod
     def gather(cls, hosted: Hosted, ranks_D: np.ndarray, spares_per_rank: int) -> _Node:
-        num_micro_batches, _, num_entries = hosted.load_BLZ.shape
+        num_micro_batches, num_layers, num_entries = hosted.load_BLZ.shape
         spare_of_S = (ranks_D[:, None] * spares_per_rank + np.arange(spares_per_rank)).ravel()
         here_LZ = np.isin(hosted.rank_LZ, ranks_D)
         width = max(1, int(here_LZ.sum(1).max()))
@@ -125,7 +125,7 @@ class _Node:
             spare_of_S,
             np.tile(entry_LX, (num_micro_batches, 1)),
             np.tile(np.take_along_axis(hosted.expert_LZ, entry_LX, 1), (num_micro_batches, 1)),
-            load_BLX.reshape(-1, width),
+            load_BLX.reshape(num_micro_batches * num_layers, width),
             np.tile(home_LX, (num_micro_batches, 1)),
             np.tile(usable_LS, (num_micro_batches, 1)),
             None if local_BLDE is None else _flat(local_BLDE[:, :, ranks_D]),
@@ -147,11 +147,12 @@ class _Node:
     ) -> None:
         """Write what was decided for this node into the plans of all nodes."""
         shape_BL = plans.bound_BL.shape
+        shape_BLS = (*shape_BL, len(self.spare_of_S))
         expert_NS = np.take_along_axis(self.expert_NX, np.maximum(copy_NS, 0), 1)
         expert_NS = np.where(copy_NS >= 0, expert_NS, -1)
-        plans.copy_BLM[:, :, self.spare_of_S] = expert_NS.reshape(*shape_BL, -1)
-        plans.quota_BLM[:, :, self.spare_of_S] = quota_NS.reshape(*shape_BL, -1)
-        taken_NZ = plans.taken_BLZ.reshape(len(copy_NS), -1)
+        plans.copy_BLM[:, :, self.spare_of_S] = expert_NS.reshape(shape_BLS)
+        plans.quota_BLM[:, :, self.spare_of_S] = quota_NS.reshape(shape_BLS)
+        taken_NZ = plans.taken_BLZ.reshape(len(copy_NS), plans.taken_BLZ.shape[2])
         problem, slot = (copy_NS >= 0).nonzero()
         entry = self.entry_NX[problem, copy_NS[problem, slot]]
         np.add.at(taken_NZ, (problem, entry), quota_NS[problem, slot])
@@ -169,7 +170,7 @@ def _solve(
     num_ranks = len(speed_D)
     spares_per_rank = usable_NS.shape[1] // num_ranks
     rank_of_S = torch.arange(num_ranks).repeat_interleave(spares_per_rank)
-    slots_ND = usable_NS.view(-1, num_ranks, spares_per_rank).sum(2)
+    slots_ND = usable_NS.view(len(usable_NS), num_ranks, spares_per_rank).sum(2)
     bound_N = torch.maximum(
         bounds.ideal_level(load_NX.sum(1), speed_D),
         bounds.slot_level(load_NX, home_NX, slots_ND, speed_D),
@@ -229,4 +230,5 @@ def _widen(value_NX: np.ndarray, width: int) -> torch.Tensor:
 
 
 def _flat(value_BLDE: np.ndarray) -> np.ndarray:
-    return value_BLDE.reshape(-1, *value_BLDE.shape[2:])
+    num_micro_batches, num_layers, *rest = value_BLDE.shape
+    return value_BLDE.reshape(num_micro_batches * num_layers, *rest)

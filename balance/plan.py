@@ -14,6 +14,7 @@ from balance.assign import assign_slots, quota_prefix, slots_of_experts
 from balance.legality import why_illegal
 from balance.topology import Topology
 from balance.trace import Trace
+from balance.traffic import Traffic, count_traffic
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,24 @@ class Plan:
         expert_of_TK = trace.ids_of(micro_batch)[:, layer]
         return assign_slots(expert_of_TK, source_rank_T, prefix_REV, slot_of_EV)
 
+    def traffic(self, trace: Trace | None = None) -> Traffic:
+        """Sends between ranks and nodes over all micro-batches and layers of a trace.
+
+        Raises:
+            ValueError: as ``slot_of_TK``.
+        """
+        total = Traffic()
+        for micro_batch, layer in np.ndindex(self.num_micro_batches, self.num_layers):
+            slot_of_TK = self.slot_of_TK(micro_batch, layer, trace)
+            source_rank_T = (trace or self._need_trace()).source_ranks_of(micro_batch)
+            total += count_traffic(slot_of_TK, source_rank_T, self.slots_per_rank, self.topology)
+        return total
+
     def rank_load_BLR(self) -> np.ndarray:
         """Assignments on each rank, float64; in rows of whole tiles when tiles count."""
         rows_BLP = cost.round_to_tiles(self.quota_BLP, self.options.tile_rows)
-        return rows_BLP.reshape(*rows_BLP.shape[:2], self.topology.num_ranks, -1).sum(3)
+        shape = (*rows_BLP.shape[:2], self.topology.num_ranks, self.slots_per_rank)
+        return rows_BLP.reshape(shape).sum(3)
 
     def level_BL(self) -> np.ndarray:
         """Load / speed of the slowest rank."""
@@ -281,6 +296,11 @@ class Plan:
     def with_trace(self, trace: Trace) -> Plan:
         """The same plan, with routing to look slots up for."""
         return replace(self, trace=trace)
+
+    def _need_trace(self) -> Trace:
+        if self.trace is None:
+            raise ValueError("trace must be given: the plan came from counts or from a file")
+        return self.trace
 
     def _check_index(self, micro_batch: int, layer: int) -> None:
         for name, value, count in (

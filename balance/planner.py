@@ -54,7 +54,7 @@ def make_plan(
 
     Returns:
         A legal plan. No layer is slower, summed over micro-batches, than with the previous homes
-        and no copies.
+        and no copies, unless ``locality`` gave speed up for less travel.
 
     Raises:
         ValueError: counts, homes or options break a rule; the message names it.
@@ -133,7 +133,7 @@ def _best_draft(batch: Batch, idle_LE: np.ndarray) -> _Draft:
         draft.put_layers(better_L, other.of_layers(better_L))
     # Homes chosen for the nodes' sake can, rarely, leave ranks that few spare slots cannot level.
     worse_L = draft.level_BL.sum(0) > _level_without_copies(batch, idle_LE).sum(0) * (1 + 1e-9)
-    if worse_L.any():
+    if worse_L.any() and not options.locality:
         draft.put_layers(worse_L, _draft(batch.of_layers(worse_L), idle_LE[worse_L], 0, False))
     return draft
 
@@ -168,7 +168,7 @@ def _draft(
     bound_BL = _bound(batch, rank_LE, static, plans.bound_BL)
     home_unit_BLE = left_BLZ[:, :, :num_experts]
     load_BLD = present.rank_load(home_unit_BLE, rank_LE)
-    load_BLD += spare_unit_BLM.reshape(*load_BLD.shape, spares).sum(3)
+    load_BLD = load_BLD + spare_unit_BLM.reshape(*load_BLD.shape, spares).sum(3)
     level_BL = (load_BLD / present.speed_D).max(2)
     return _Draft(
         present.ranks[rank_LE],

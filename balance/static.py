@@ -45,7 +45,7 @@ class StaticCopies:
         sharers_LS = (self.rank_LS[:, :, None] == self.rank_LS[:, None, :]).sum(2)
         wish_BLS = np.take_along_axis(lack_BLD, np.maximum(self.rank_LS, 0)[None], 2) // sharers_LS
         wish_NS = torch.from_numpy(np.where(self.copy_LS >= 0, wish_BLS, 0))
-        share_NS = split.integer_quotas(*problem, wish_NS.reshape(-1, shape_BLS[2]))
+        share_NS = split.integer_quotas(*problem, wish_NS.flatten(0, 1))
         return share_NS.numpy().reshape(shape_BLS)
 
     @staticmethod
@@ -59,9 +59,9 @@ class StaticCopies:
         self, load_BLE: np.ndarray, rank_LE: np.ndarray, present: Present
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loads, home nodes, copies, their nodes, node speeds: a split between N = B · L nodes."""
-        num_micro_batches, _, num_experts = load_BLE.shape
+        num_micro_batches, num_layers, num_experts = load_BLE.shape
         return (
-            torch.from_numpy(load_BLE.reshape(-1, num_experts)),
+            torch.from_numpy(load_BLE.reshape(num_micro_batches * num_layers, num_experts)),
             torch.from_numpy(present.node_of_D[rank_LE]).repeat(num_micro_batches, 1),
             torch.from_numpy(self.copy_LS).repeat(num_micro_batches, 1),
             torch.from_numpy(self.node_of_S),
