@@ -3,11 +3,8 @@
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakernel
@@ -23,7 +20,6 @@ from megakernel import (
 )
 from megakernel.kernel import moe_kernel
 from megakernel.spec import KernelSpec
-from megakernel.tiles import combine_tile
 from megakernel.workspace import workspace_for
 from tests.cases import SHAPES
 from tests.support import SMALL, assert_same_bits, make_inputs, relative_error, run, truth
@@ -283,37 +279,6 @@ def test_cpu_tensors_without_the_interpreter_are_refused_by_name(monkeypatch):
     monkeypatch.setattr("megakernel.checks.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1.*reference\.moe"):
         live()
-
-
-def test_rows_past_32_bits_of_elements_are_addressed():
-    """Row 90,000,000 of width 64 starts at element 5.76e9; the memory between is never touched."""
-    offset_rows = 90_000_000
-    reserved = np.empty((offset_rows + 1) * 64, dtype=np.float32)  # virtual, not resident
-    last_row = torch.from_numpy(reserved[offset_rows * 64 :])
-    last_row[:] = torch.arange(64.0)
-    y_CH = torch.from_numpy(reserved[:64]).view(1, 64)
-    y_TH = torch.zeros(1, 64)
-    call_combine(y_CH, torch.tensor([[offset_rows]], dtype=torch.int32), y_TH)
-    assert torch.equal(y_TH[0], torch.arange(64.0))
-
-
-@triton.jit
-def combine_kernel(gate_TK, row_of_TK, y_CH, y_TH, C: tl.constexpr):
-    combine_tile(0, 0, gate_TK, row_of_TK, y_CH, y_TH, 1, C)
-
-
-def call_combine(y_CH: torch.Tensor, row_of_TK: torch.Tensor, y_TH: torch.Tensor) -> None:
-    """Run the combine of one token on its own."""
-    spec = replace(spec_for_one_token(), hidden=64, block_h=64, column_groups=1, top_k=1)
-    combine_kernel[(1,)](torch.ones(1, 1), row_of_TK, y_CH, y_TH, C=spec)
-
-
-def spec_for_one_token() -> KernelSpec:
-    """Return some spec; the caller sets what matters."""
-    schedules = workspace_for(X.device).schedules
-    if not schedules:
-        live()
-    return workspace_for(X.device).schedules[0].spec
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in inductor's imports
