@@ -10,7 +10,15 @@ import torch
 
 # Each module offers add_arguments(parser) and run(arguments) -> exit status, and its docstring's
 # first line is the help text.
-MODULE_OF_COMMAND = {"demo": "perf.demo"}
+MODULE_OF_COMMAND = {
+    "demo": "perf.demo",
+    "list": "perf.listing",
+    "run": "perf.suites",
+    "compare": "perf.compare",
+    "report": "perf.report",
+    "tune": "perf.tune",
+    "simulate": "perf.simulate",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

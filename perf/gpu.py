@@ -1,0 +1,99 @@
+"""What ``make gpu`` runs: the GPU's tests, then every suite, in under nine minutes.
+
+Each part has a budget of seconds; a suite starts no new case past its own, and none starts past
+the whole. Results and pictures go to a folder named after the date and the GPU.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from perf import report
+from perf.measure import DEFAULT, QUICK, Protocol
+from perf.record import ROOT, provenance
+from perf.suites import Bench, run_suite
+
+TOTAL_SECONDS = 520.0
+TEST_SECONDS = 130.0
+# In the order they run: what the goals are about first.
+SECONDS_OF_SUITE = {
+    "forward": 130.0,
+    "decode": 60.0,
+    "replay": 35.0,
+    "skew": 45.0,
+    "makespan": 30.0,
+    "host": 15.0,
+    "planner": 30.0,
+    "simulate": 15.0,
+}
+REPORT_SECONDS = 20.0
+
+
+@dataclass
+class Clock:
+    """Seconds left of the whole run."""
+
+    end: float
+
+    def budget(self, wanted: float) -> float:
+        """Return the seconds a part may take: what it wants, or what is left."""
+        return max(0.0, min(wanted, self.end - time.monotonic() - REPORT_SECONDS))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything; 0 when nothing failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS)
+    parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
+    parser.add_argument("--full", action="store_true", help="50 rounds instead of 10")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("perf.gpu: no GPU here; `make test` covers everything else", file=sys.stderr)
+        return 2
+    clock = Clock(time.monotonic() + arguments.seconds)
+    out = arguments.out / f"{provenance()['date']}-{provenance()['gpu'].replace(' ', '-')}"
+    failures = run_tests(clock)
+    failures += run_suites(clock, out, DEFAULT if arguments.full else QUICK)
+    report.draw_all(report.read_or_none([out]), out)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def run_tests(clock: Clock) -> list[str]:
+    """Run the tests that need a GPU in a process of their own."""
+    budget = clock.budget(TEST_SECONDS)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-x"]
+    try:
+        status = subprocess.run(command, cwd=ROOT, timeout=budget).returncode
+    except subprocess.TimeoutExpired:
+        return [f"tests: not done after {budget:.0f} s"]
+    no_test_ran = 5
+    return [] if status in (0, no_test_ran) else [f"tests: pytest exited with {status}"]
+
+
+def run_suites(clock: Clock, out: Path, protocol: Protocol) -> list[str]:
+    """Run every suite within its budget; one that breaks does not stop the others."""
+    failures, roofs = [], None
+    for name, wanted in SECONDS_OF_SUITE.items():
+        budget = clock.budget(wanted)
+        if not budget:
+            print(f"{name}: skipped, no time left")
+            continue
+        deadline = time.monotonic() + budget
+        bench = Bench(torch.device("cuda"), False, protocol, deadline, _roofs=roofs)
+        try:
+            failures += run_suite(name, bench, out)
+        except Exception as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+        roofs = bench.roofs
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""Predict a launch: a discrete-event model of the queue, for a config and a routing.
+
+Nothing here is measured. Workers claim ids in order, wait for the tasks a task needs, and run it
+at the cost of ``perf.costs``; the order and the waits are the kernel's own (megakernel.schedule).
+"""
+
+import argparse
+import heapq
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megakernel.compile_check import ROUTE_OF_MODE, make_layer
+from megakernel.config import SHIPPED, KernelConfig, default_height, why_illegal
+from megakernel.launch import make_spec
+from megakernel.models import ModelShape
+from megakernel.rules import GateRule
+from megakernel.schedule import NAMES, Schedule, Task, bound_tiles
+from megakernel.spec import KernelSpec
+from perf.cases import SCENARIOS, SHAPES, Case, make_loads
+from perf.costs import H200, Machine, MeasuredCosts, RooflineCosts, Tiles
+from perf.roofline import useful_work
+
+TaskCosts = Callable[[Sequence[Task]], np.ndarray]
+LABEL = "PREDICTED by a model of the queue, not measured"
+
+# What --grid and perf.tune try; why_fits leaves out what a multiprocessor cannot hold.
+GRID = {
+    "block_rows": (16, 32, 64, 128),
+    "block_i": (64, 128),
+    "block_h": (64, 128, 256),
+    "step": (64, 128),
+    "column_groups": (1, 2, 4, 8),
+    "tile_group": (4, 8, 16),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+    "workers_per_sm": (1, 2),
+}
+SHARED_PER_SM_BYTES = 233_472
+REGISTERS_PER_SM = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """What is launched: the task list and what its tiles hold."""
+
+    schedule: Schedule
+    tiles: Tiles
+    num_workers: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """When each task ran, in microseconds from the launch.
+
+    Attributes:
+        launch_us: predicted time of the whole launch.
+        kind_N: kind of each task.
+        worker_N: who ran it.
+        claim_N, start_N, end_N: when it was claimed, was ready, and was done.
+    """
+
+    launch_us: float
+    kind_N: np.ndarray
+    worker_N: np.ndarray
+    claim_N: np.ndarray
+    start_N: np.ndarray
+    end_N: np.ndarray
+
+    @property
+    def busy_share(self) -> float:
+        """Part of the workers' time that went into tasks, not into claims and waits."""
+        num_workers = int(self.worker_N.max()) + 1
+        return float((self.end_N - self.start_N).sum() / (num_workers * self.launch_us))
+
+    def us_of_kind(self) -> dict[str, float]:
+        """Worker microseconds of each kind of task, and of claims and waits, per worker."""
+        num_workers = int(self.worker_N.max()) + 1
+        spent_N = self.end_N - self.start_N
+        spent = {
+            name: float(spent_N[self.kind_N == kind].sum()) / num_workers
+            for kind, name in enumerate(NAMES)
+        }
+        spent["wait"] = float((self.start_N - self.claim_N).sum()) / num_workers
+        return spent
+
+
+def make_tiles(load_E: np.ndarray, block_rows: int, num_tiles: int | None = None) -> Tiles:
+    """Cut each expert's rows into tiles; ``num_tiles`` adds empty ones up to the list's room."""
+    tiles_E = -(-load_E // block_rows)
+    expert_of_tile = np.repeat(np.arange(len(load_E)), tiles_E)
+    first_E = np.cumsum(tiles_E) - tiles_E
+    place = np.arange(len(expert_of_tile)) - first_E[expert_of_tile]
+    rows = np.minimum(load_E[expert_of_tile] - place * block_rows, block_rows)
+    room = len(rows) if num_tiles is None else num_tiles
+    empty = room - len(rows)
+    return Tiles(np.pad(rows, (0, empty)), np.pad(expert_of_tile, (0, empty)))
+
+
+def make_launch(
+    model: ModelShape,
+    num_tokens: int,
+    load_E: np.ndarray,
+    config: KernelConfig,
+    mode: str = "live",
+    machine: Machine = H200,
+) -> Launch:
+    """Describe the launch of a config for a routing.
+
+    Args:
+        model: sizes of the layer.
+        num_tokens: T, at least 1.
+        load_E: assignments of each expert, summing to at most T·K.
+        config: how the work is cut.
+        mode: live, replay or routed.
+        machine: for the number of workers.
+    """
+    layer = make_layer(model, mode, config.block_rows)
+    spec = make_spec(layer, ROUTE_OF_MODE[mode], "one", GateRule(), config)
+    room = None
+    if mode != "replay":
+        room = bound_tiles(num_tokens * model.top_k, model.num_experts, config.block_rows)
+    tiles = make_tiles(load_E, config.block_rows, room)
+    workers = config.num_workers or machine.num_sms * config.workers_per_sm
+    return Launch(Schedule(spec, num_tokens, len(tiles.rows_of_tile)), tiles, workers)
+
+
+def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Prediction:
+    """Play the queue: the worker that is free first claims the next id.
+
+    Every task waits only for lower ids, so one pass in the order of ids knows each end it needs.
+    """
+    schedule = launch.schedule
+    tasks = list(schedule.tasks())
+    cost_N = costs(tasks)
+    worker_N = np.zeros(len(tasks), np.int64)
+    claim_N, start_N, end_N = np.zeros((3, len(tasks)))
+    ready_at = np.zeros(schedule.num_counters)  # the last signal of each counter so far
+    free = [(machine.launch_us / 2, worker) for worker in range(launch.num_workers)]
+    for n, task in enumerate(tasks):
+        claim, worker = heapq.heappop(free)
+        start = claim + machine.claim_us
+        for counter, _ in schedule.waits(task):
+            start = max(start, ready_at[counter]) + machine.poll_us
+        end = start + cost_N[n]
+        signal = schedule.signal(task)
+        if signal is not None:
+            end += machine.signal_us
+            ready_at[signal] = max(ready_at[signal], end)
+        worker_N[n], claim_N[n], start_N[n], end_N[n] = worker, claim, start, end
+        heapq.heappush(free, (end, worker))
+    kind_N = np.array([task.kind for task in tasks])
+    last = float(end_N.max()) + machine.claim_us + machine.launch_us / 2
+    return Prediction(last, kind_N, worker_N, claim_N, start_N, end_N)
+
+
+def predict(
+    model: ModelShape,
+    num_tokens: int,
+    load_E: np.ndarray,
+    config: KernelConfig,
+    mode: str = "live",
+    machine: Machine = H200,
+    heights: tuple[int, ...] = (),
+) -> Prediction:
+    """Predict a launch with roofline costs; ``heights`` as in RooflineCosts."""
+    launch = make_launch(model, num_tokens, load_E, config, mode, machine)
+    schedule = launch.schedule
+    costs = RooflineCosts(
+        schedule.spec, num_tokens, launch.tiles, launch.num_workers, machine, heights
+    )
+    return simulate(launch, costs, machine)
+
+
+def why_not_resident(config: KernelConfig, spec: KernelSpec) -> str | None:
+    """Return why a multiprocessor cannot hold the config's workers, or None.
+
+    An estimate from the tiles' sizes; compile_check reads the real figures from a cubin.
+    """
+    rows = spec.block_rows
+    stage_bytes = 2 * spec.step * max(rows + 2 * spec.block_i, rows + spec.block_h)
+    shared = stage_bytes * config.num_stages * config.workers_per_sm
+    if shared > SHARED_PER_SM_BYTES:
+        return f"{shared} bytes of shared memory"
+    accumulators = rows * max(2 * spec.block_i, spec.block_h)
+    threads = 32 * config.num_warps
+    # 96 registers a thread besides the accumulators; 255 is the most a thread may have.
+    registers = accumulators // threads + 96
+    if registers > 255:
+        return f"{registers} registers a thread"
+    if registers * threads * config.workers_per_sm > REGISTERS_PER_SM:
+        return f"{registers * threads * config.workers_per_sm} registers"
+    return None
+
+
+def grid_configs(model: ModelShape, grid: dict[str, tuple[int, ...]]) -> list[KernelConfig]:
+    """Return the legal combinations of a grid that a multiprocessor should hold."""
+    configs = []
+    for values in product(*grid.values()):
+        config = replace(KernelConfig(), **dict(zip(grid, values, strict=True)))
+        layer = make_layer(model, "live", config.block_rows)
+        spec = make_spec(layer, "live", "one", GateRule(), config)
+        if why_illegal(config) is None and why_not_resident(config, spec) is None:
+            configs.append(config)
+    return configs
+
+
+def rank_configs(
+    configs: Sequence[KernelConfig],
+    model: ModelShape,
+    num_tokens: int,
+    load_E: np.ndarray,
+    mode: str,
+    machine: Machine = H200,
+) -> list[tuple[float, KernelConfig]]:
+    """Return (predicted microseconds, config), fastest first."""
+    predicted = [
+        (predict(model, num_tokens, load_E, config, mode, machine).launch_us, config)
+        for config in tqdm(configs, desc="simulating", unit=" configs", leave=False)
+    ]
+    return sorted(predicted, key=lambda pair: pair[0])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
+    parser.add_argument("--mode", choices=ROUTE_OF_MODE, default="live")
+    parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=N", help="change fields of the config"
+    )
+    parser.add_argument("--grid", type=int, metavar="N", help="rank a grid of configs, print N")
+    parser.add_argument(
+        "--costs", type=Path, help="JSON with measured microseconds of each kind of task"
+    )
+    parser.add_argument("--plot", type=Path, help="draw who does what when")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a prediction, or a ranking."""
+    case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
+    try:
+        load_E = make_loads(case)
+        config = choose_config(arguments, case)
+    except ValueError as error:
+        print(f"perf simulate: {error}", file=sys.stderr)
+        return 2
+    print(f"{LABEL}\n{case.name}, T = {case.num_tokens}, {arguments.mode}, {H200.roofs.source}")
+    if arguments.grid:
+        ranked = rank_configs(
+            grid_configs(case.model, GRID), case.model, case.num_tokens, load_E, arguments.mode
+        )
+        for predicted_us, one in ranked[: arguments.grid]:
+            print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
+        return 0
+    launch = make_launch(case.model, case.num_tokens, load_E, config, arguments.mode)
+    prediction = simulate(launch, choose_costs(arguments.costs, launch, case))
+    print(f"config: {describe(config)}")
+    print(format_prediction(prediction, case, load_E))
+    if arguments.plot:
+        from perf.report import plot_timeline
+
+        plot_timeline(prediction, f"{case.name}, T = {case.num_tokens}", arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
+    """Return the named or default config with the changes of --set."""
+    name = arguments.config or default_height(case.num_assignments, case.model.num_experts)
+    changes = {}
+    for change in arguments.set:
+        field, _, value = change.partition("=")
+        if (field not in GRID and field != "num_workers") or not value.isdigit():
+            raise ValueError(f"--set must be FIELD=N with a field of {list(GRID)}, got {change!r}")
+        changes[field] = int(value)
+    return replace(SHIPPED[name], **changes)
+
+
+def choose_costs(path: Path | None, launch: Launch, case: Case) -> TaskCosts:
+    """Return roofline costs, or those of a file."""
+    if path is None:
+        spec = launch.schedule.spec
+        return RooflineCosts(spec, case.num_tokens, launch.tiles, launch.num_workers)
+    return MeasuredCosts(json.loads(path.read_text()), launch.tiles)
+
+
+def describe(config: KernelConfig) -> str:
+    """Name the fields that shape a launch's time."""
+    fields = [f"{name}={getattr(config, name)}" for name in GRID]
+    return " ".join([*fields, f"num_workers={config.num_workers}"])
+
+
+def format_prediction(prediction: Prediction, case: Case, load_E: np.ndarray) -> str:
+    """Say what is predicted, with the share of each kind of task."""
+    work = useful_work(case.model, case.num_tokens, load_E)
+    tflops = work.flops / prediction.launch_us * 1e-6
+    bound_us = H200.roofs.least_us(work)
+    lines = [
+        f"predicted: {prediction.launch_us:.0f} us, {tflops:.0f} TFLOP/s, "
+        f"{bound_us / prediction.launch_us:.0%} of the roofline ({bound_us:.0f} us)",
+        f"predicted worker time in tasks: {prediction.busy_share:.0%}; per worker, in us:",
+        "  ".join(f"{name} {us:.0f}" for name, us in prediction.us_of_kind().items()),
+    ]
+    return "\n".join(lines)
