@@ -1,8 +1,8 @@
 """Where tests run, from which seeds, and on what memory.
 
-Kernels run on the GPU under ``pytest -m gpu``, which selects the tests made for it, and in Triton's
-interpreter otherwise. That has to be chosen before anything imports Triton, so a run is one or the
-other; tests of balance and reference import it at no time.
+Kernels run on the GPU under ``pytest -m gpu``, which selects the tests made for it, and in
+Triton's interpreter otherwise. That has to be chosen before anything imports Triton, so a run is
+one or the other; tests of balance and reference import it at no time.
 """
 
 import os
