@@ -104,9 +104,10 @@ MIDDLE = KernelConfig(block_rows=64, num_stages=4)
 LOW = KernelConfig(block_rows=16, block_h=64, step=128, num_stages=4, block_tokens=16)
 SHIPPED = {"tall": TALL, "middle": MIDDLE, "low": LOW}
 
-# True float32 has no tensor core: smaller tiles keep the accumulators in registers.
+# True float32 has no tensor core: narrow tiles keep the accumulators in registers, also at the
+# tall height that a replay prepared without a config brings along.
 FLOAT32 = KernelConfig(
-    block_rows=32, block_i=32, block_h=64, step=32, block_experts=32, num_stages=2
+    block_rows=32, block_i=16, block_h=32, step=32, block_experts=32, num_warps=8, num_stages=2
 )
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(
