@@ -306,11 +306,13 @@ def test_synthetic_eight_nodes(cross_node_copies, most):
 @pytest.mark.slow
 def test_a_batch_is_planned_within_a_second():
     load_BLRE = make_counts(SyntheticConfig(num_layers=48, num_ranks=8))
-    make_plan(load_BLRE[:1], Topology(1, 8))
-    started = time.process_time()
-    plan = make_plan(load_BLRE, Topology(1, 8))
-    # Processor time, since a busy machine says nothing about the planner.
-    assert time.process_time() - started <= 2.0, "one second on two cores"
+    used_seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        plan = make_plan(load_BLRE, Topology(1, 8))
+        used_seconds.append(time.process_time() - started)
+    # Processor time, the best of three: a busy machine says nothing about the planner.
+    assert min(used_seconds) <= 1.0
     assert plan.plan_seconds > 0
     assert plan.summary()["gap_avg"] <= 1e-3 and plan.summary()["gap_p99"] <= 5e-3
 
