@@ -30,16 +30,19 @@ of token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, `
 
 from reference.moe import expert_ffn, moe, moe_by_expert, moe_by_token
 from reference.parallel import moe_by_rank
-from reference.router import Routing, route, select, weigh
+from reference.router import Routing, choose, count_load, route, score, select, weigh
 
 __all__ = [
     "Routing",
+    "choose",
+    "count_load",
     "expert_ffn",
     "moe",
     "moe_by_expert",
     "moe_by_rank",
     "moe_by_token",
     "route",
+    "score",
     "select",
     "weigh",
 ]
