@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from triton._utils import TRITON_MAX_TENSOR_NUMEL
 
 from megakernel.config import KernelConfig
 from megakernel.launch import INTERPRETED
@@ -146,7 +147,14 @@ def check_routing_tensors(
 
 
 def check_size(num_tokens: int, top_k: int, num_slots: int, config: KernelConfig) -> None:
-    """Refuse calls whose row ids would not fit 32 bits."""
+    """Refuse calls whose row ids would not fit 32 bits, or whose tiles no interpreter holds."""
+    columns = max(2 * config.block_i, config.block_h)
+    elements = max(config.block_rows * columns, config.block_tokens * config.block_experts)
+    if INTERPRETED and elements * config.step > TRITON_MAX_TENSOR_NUMEL:
+        raise ValueError(
+            "config must keep rows · step · columns of a tile product within "
+            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}"
+        )
     num_rows = bound_tiles(num_tokens * top_k, num_slots, config.block_rows) * config.block_rows
     if num_rows > MAX_ROWS:
         raise ValueError(

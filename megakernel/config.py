@@ -111,8 +111,8 @@ FLOAT32 = KernelConfig(
 )
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(
-    num_workers=4, block_rows=32, block_tokens=32, select_tokens=32, combine_tokens=32,
-    column_groups=2, tile_group=4,
+    num_workers=4, block_rows=32, block_h=256, step=128, block_tokens=32, select_tokens=32,
+    combine_tokens=32, column_groups=2, tile_group=4,
 )  # fmt: skip
 
 
