@@ -138,7 +138,8 @@ def start(
         routing = routing._replace(slot_of_TK=placement.slot_int32_TK)
     layer = Layer(
         x_TH, router_EH, experts.gate_up_E2IH, experts.down_EHI, routing, slots,
-        replay.rows if replay else None, y_TH, Biases(router.bias_E, router.correction_bias_E),
+        replay.rows if replay else None, y_TH,
+        Biases(router.bias_E, router.correction_bias_E, *experts.biases), experts.rule,
         router.capacity or 0, router.random_second_seed or 0,
     )  # fmt: skip
     num_slots = placement.num_slots if placement else experts.num_experts

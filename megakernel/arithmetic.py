@@ -1,4 +1,4 @@
-"""Device functions of numbers: sums of products and rounding, the same interpreted or compiled."""
+"""Device functions of numbers: products, rounding, activations; alike interpreted or compiled."""
 
 import triton
 import triton.language as tl
@@ -33,3 +33,38 @@ def rounded(values, dtype: tl.constexpr, C: tl.constexpr):
 def sigmoid(values):
     """Return 1 / (1 + exp(-values))."""
     return 1.0 / (1.0 + tl.exp(-values))
+
+
+@triton.jit
+def activate(values, C: tl.constexpr):
+    """Apply an activation in float32; NaN stays NaN."""
+    ACTIVATION: tl.constexpr = C.expert.activation
+    if ACTIVATION == "silu":
+        result = values / (1.0 + tl.exp(-values))
+    elif ACTIVATION == "gelu":
+        result = 0.5 * values * (1.0 + tl.math.erf(values * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        inner = 0.7978845608028654 * (values + 0.044715 * values * values * values)
+        result = values * sigmoid(2.0 * inner)
+    else:
+        tl.static_assert((ACTIVATION == "relu") | (ACTIVATION == "relu2"))
+        result = tl.where(values < 0.0, 0.0, values)
+        if ACTIVATION == "relu2":
+            result = result * result
+    return result
+
+
+@triton.jit
+def gated(gate, up, C: tl.constexpr):
+    """Return activation(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(1.702 gate), clamped.
+
+    Comparisons keep NaN, which minimum and maximum would drop.
+    """
+    if C.expert.activation == "clamped_swiglu":
+        limit = C.expert.limit
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        result = (up + 1.0) * (gate * sigmoid(1.702 * gate))
+    else:
+        result = activate(gate, C) * up
+    return result

@@ -38,8 +38,10 @@ def check_call(x_TH: Tensor, experts: Experts) -> None:
         )
     check_like("x_TH", x_TH, "down_EHI", experts.down_EHI)
     check_no_grad("x_TH", x_TH)
-    check_no_grad("gate_up_E2IH", experts.gate_up_E2IH)
-    check_no_grad("down_EHI", experts.down_EHI)
+    for name in ("gate_up_E2IH", "down_EHI", "gate_up_bias_E2I", "down_bias_EH"):
+        tensor = getattr(experts, name)
+        if tensor is not None:
+            check_no_grad(name, tensor)
 
 
 def check_placement(

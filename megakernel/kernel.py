@@ -28,6 +28,8 @@ class Biases(NamedTuple):
 
     router_E: Tensor | None = None  # to the logits
     correction_E: Tensor | None = None  # to the scores, for choosing only
+    gate_up_E2I: Tensor | None = None  # to the sums of FFN1
+    down_EH: Tensor | None = None  # to the sums of FFN2
 
 
 class Slots(NamedTuple):
@@ -105,7 +107,8 @@ def moe_kernel(
                 tile, block = tile_of(index, num_tiles, C.group_blocks, C.tile_group)
                 counter = C.first_tile_counter + tile
                 if wait(control, counter, C.i_blocks, task, max_polls, C):
-                    ffn2_tile(tile, group * C.group_blocks + block, down, rows, h_CI, y_CH, C)
+                    block += group * C.group_blocks
+                    ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C)
                     signal(control, C.FIRST_GROUP + group, C)
         elif kind == C.FFN1:
             tile, block = tile_of(index, num_tiles, C.i_blocks, C.tile_group)
@@ -113,7 +116,7 @@ def moe_kernel(
             if not C.replay:
                 ready = wait(control, C.SCATTER_DONE, token_tiles, task, max_polls, C)
             if ready:
-                ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C)
+                ffn1_tile(tile, block, x_TH, gate_up, biases, rows, h_CI, C)
                 signal(control, C.first_tile_counter + tile, C)
         elif kind == C.GATE:
             gate_tile(

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megakernel.config import KernelConfig, resolve_polls, resolve_workers
 from megakernel.kernel import Biases, Routing, Rows, Slots, moe_kernel
 from megakernel.replay import check_distinct_ids, check_slots
-from megakernel.rules import GateRule
+from megakernel.rules import ExpertRule, GateRule
 from megakernel.schedule import bound_tiles
 from megakernel.spec import KernelSpec
 from megakernel.workspace import Workspace, workspace_for
@@ -19,6 +19,7 @@ from megakernel.workspace import Workspace, workspace_for
 INTERPRETED = isinstance(moe_kernel, InterpretedFunction)
 NO_SLOTS = Slots(None, None, None, None)
 NO_BIASES = Biases()
+SWIGLU = ExpertRule()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Layer:
     replay_rows: Rows | None
     y_TH: Tensor
     biases: Biases = NO_BIASES
+    expert_rule: ExpertRule = SWIGLU
     capacity: int = 0
     seed: int = 0
 
@@ -43,11 +45,12 @@ def make_spec(
 ) -> KernelSpec:
     """Collect what the compiler must know."""
     num_experts, hidden, intermediate = layer.down_EHI.shape
-    slots = layer.slots
+    slots, rule = layer.slots, layer.expert_rule
     return KernelSpec(
         route=route,
         split=split,
         gate=gate,
+        expert=rule,
         top_k=layer.routing.expert_of_TK.shape[1],
         num_experts=num_experts,
         num_slots=num_experts if slots.expert_of_P is None else len(slots.expert_of_P),
@@ -65,37 +68,46 @@ def make_spec(
         column_groups=config.column_groups,
         tile_group=config.tile_group,
         num_stages=config.num_stages,
-        weight_tma=fits_tma(layer.gate_up_E2IH) and fits_tma(layer.down_EHI),
+        weight_tma=fits_tma(layer.gate_up_E2IH, rule.stacked, rule.gate_up_transposed)
+        and fits_tma(layer.down_EHI, 1, rule.down_transposed),
         interpreted=INTERPRETED,
     )
 
 
-def fits_tma(weight: Tensor) -> bool:
+def fits_tma(weight_EXY: Tensor, stacked: int, transposed: bool) -> bool:
     """Whether the copy engine can read the weight: base and rows aligned to 16 bytes."""
-    row_bytes = weight.shape[-1] * weight.element_size()
-    return row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0
+    row = weight_EXY.shape[1] // stacked if transposed else weight_EXY.shape[2]
+    return row * weight_EXY.element_size() % 16 == 0 and weight_EXY.data_ptr() % 16 == 0
 
 
 def tiled(
-    weight_EXY: Tensor, matrices: int, block_rows: int, spec: KernelSpec
+    weight_EXY: Tensor, stacked: int, block_rows: int, transposed: bool, spec: KernelSpec
 ) -> Tensor | TensorDescriptor:
     """Return the weight as the kernel takes it: the tensor, or a descriptor of single matrices.
 
     Args:
-        weight_EXY: contiguous weight of all experts.
-        matrices: how many matrices an expert's rows are stacked of, and a tile covers.
+        weight_EXY: weight of all experts, contiguous, or ``mT`` of such when transposed.
+        stacked: how many matrices an expert's rows are stacked of, and a tile covers.
         block_rows: rows of a tile in each matrix.
+        transposed: whether X runs fastest in memory.
         spec: says whether the copy engine reads it, and the depth of a step.
     """
     if not spec.weight_tma:
         return weight_EXY
     num_experts, rows, width = weight_EXY.shape
-    height = rows // matrices
+    height = rows // stacked
+    if transposed:
+        return TensorDescriptor(
+            weight_EXY.mT,
+            [num_experts, width, stacked, height],
+            [width * rows, rows, height, 1],
+            [1, spec.step, stacked, block_rows],
+        )
     return TensorDescriptor(
         weight_EXY,
-        [num_experts * matrices, height, width],
+        [num_experts * stacked, height, width],
         [height * width, width, 1],
-        [matrices, block_rows, spec.step],
+        [stacked, block_rows, spec.step],
     )
 
 
@@ -154,13 +166,13 @@ def kernel_arguments(
     layer: Layer, spec: KernelSpec, num_tiles: int, workspace: Workspace
 ) -> tuple:
     """Return the kernel's positional arguments up to the schedule id."""
-    num_tokens = len(layer.x_TH)
+    num_tokens, rule = len(layer.x_TH), spec.expert
     scratch = workspace.scratch(spec, num_tokens, num_tiles, layer.x_TH.dtype)
     return (
         layer.x_TH,
         layer.router_EH,
-        tiled(layer.gate_up_E2IH, 2, spec.block_i, spec),
-        tiled(layer.down_EHI, 1, spec.block_h, spec),
+        tiled(layer.gate_up_E2IH, rule.stacked, spec.gate_up_block, rule.gate_up_transposed, spec),
+        tiled(layer.down_EHI, 1, spec.block_h, rule.down_transposed, spec),
         layer.biases,
         layer.routing,
         layer.slots,

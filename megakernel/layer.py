@@ -6,19 +6,51 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megakernel.rules import SCORES, GateRule
-from megakernel.tensors import check_like, check_positive, check_seed, check_shape, check_tensor
+from megakernel.rules import ACTIVATIONS, SCORES, ExpertRule, GateRule
+from megakernel.tensors import (
+    check_bias,
+    check_like,
+    check_positive,
+    check_seed,
+    check_shape,
+    check_tensor,
+    check_weight,
+)
 
 MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """Weights of all experts, in the layout of Hugging Face transformers.
+    """Weights of all experts, read in place, in the layout of Hugging Face transformers.
+
+    expert(x) = down · (activation(gate · x) * (up · x)), or down · activation(up · x) without a
+    gate; products have their bias added.
+
+    A weight may also lie with its last two axes swapped in memory, as gpt-oss has it: pass the
+    view ``weight_EH2I.mT``, which costs nothing.
+
+    ===================== =======================================================================
+    model                 experts
+    ===================== =======================================================================
+    Mixtral, Qwen, GLM4   ``Experts(gate_up_E2IH, down_EHI)``
+    gpt-oss               ``Experts(gate_up_EH2I.mT, down_EIH.mT, gate_up_bias_E2I, down_bias_EH,
+                          "clamped_swiglu", interleaved=True)``
+    Nemotron-H            ``Experts(up_EIH, down_EHI, activation="relu2", has_gate=False)``
+    ===================== =======================================================================
 
     Attributes:
-        gate_up_E2IH: [E, 2I, H], gate rows first, then up rows; contiguous.
-        down_EHI: [E, H, I], same dtype and device; contiguous.
+        gate_up_E2IH: [E, 2I, H], gate rows first, then up rows; contiguous, or ``mT`` of such.
+            [E, I, H] up rows alone without a gate.
+        down_EHI: [E, H, I], same dtype and device; contiguous, or ``mT`` of such.
+        gate_up_bias_E2I: [E, 2I] float, in the order of the rows; [E, I] without a gate.
+        down_bias_EH: [E, H] float; it is weighted with its expert.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" (relu squared) or
+            "clamped_swiglu", gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate) with gate at most
+            ``limit`` and up within ±``limit``.
+        limit: used by "clamped_swiglu".
+        has_gate: whether there are gate rows.
+        interleaved: whether gate and up rows alternate, gate row first.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -26,11 +58,17 @@ class Experts:
 
     gate_up_E2IH: Tensor
     down_EHI: Tensor
+    gate_up_bias_E2I: Tensor | None = None
+    down_bias_EH: Tensor | None = None
+    activation: str = "silu"
+    limit: float = 7.0
+    has_gate: bool = True
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the two tensors belong together."""
-        check_tensor("gate_up_E2IH", self.gate_up_E2IH, 3)
-        check_tensor("down_EHI", self.down_EHI, 3)
+        """Check that the tensors belong together."""
+        check_weight("gate_up_E2IH", self.gate_up_E2IH)
+        check_weight("down_EHI", self.down_EHI)
         num_experts, hidden, intermediate = self.down_EHI.shape
         if min(self.down_EHI.shape) < 1:
             raise ValueError(f"down_EHI must not be empty, got {tuple(self.down_EHI.shape)}")
@@ -38,13 +76,40 @@ class Experts:
             raise ValueError(
                 f"down_EHI must hold at most {MAX_EXPERTS} experts, got {num_experts}"
             )
-        check_shape("gate_up_E2IH", self.gate_up_E2IH, (num_experts, 2 * intermediate, hidden))
+        self._check_kind()
+        rows = intermediate * (2 if self.has_gate else 1)
+        check_shape("gate_up_E2IH", self.gate_up_E2IH, (num_experts, rows, hidden))
         check_like("gate_up_E2IH", self.gate_up_E2IH, "down_EHI", self.down_EHI)
+        check_bias("gate_up_bias_E2I", self.gate_up_bias_E2I, (num_experts, rows), self.down_EHI)
+        check_bias("down_bias_EH", self.down_bias_EH, (num_experts, hidden), self.down_EHI)
+
+    def _check_kind(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
+        if not self.limit > 0:
+            raise ValueError(f"limit must be positive, got {self.limit!r}")
+        if not self.has_gate and (self.interleaved or self.activation == "clamped_swiglu"):
+            raise ValueError(
+                "has_gate must be True for interleaved rows and for 'clamped_swiglu', got False"
+            )
 
     @property
     def num_experts(self) -> int:
         """E."""
         return self.down_EHI.shape[0]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those of FFN1 and of FFN2."""
+        return self.gate_up_bias_E2I, self.down_bias_EH
+
+    @property
+    def rule(self) -> ExpertRule:
+        """What the compiler must know."""
+        return ExpertRule(
+            self.activation, float(self.limit), bool(self.has_gate), bool(self.interleaved),
+            not self.gate_up_E2IH.is_contiguous(), not self.down_EHI.is_contiguous(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

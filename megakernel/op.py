@@ -6,7 +6,7 @@ from torch import Tensor
 from megakernel.config import KernelConfig
 from megakernel.kernel import Biases, Routing, Rows, Slots
 from megakernel.launch import NO_SLOTS, Layer, launch
-from megakernel.rules import GateRule
+from megakernel.rules import ExpertRule, GateRule
 
 
 @torch.library.custom_op(
@@ -20,6 +20,8 @@ def _launch(
     down_EHI: Tensor,
     router_bias_E: Tensor | None,
     correction_bias_E: Tensor | None,
+    gate_up_bias_E2I: Tensor | None,
+    down_bias_EH: Tensor | None,
     expert_TK: Tensor | None,
     gate_TK: Tensor | None,
     slot_TK: Tensor | None,
@@ -33,6 +35,7 @@ def _launch(
     route: str,
     split: str,
     gate: list[float],
+    expert: list[float],
     num_tiles: int,
     capacity: int,
     seed: int,
@@ -46,7 +49,8 @@ def _launch(
         x_TH, router_EH, gate_up_E2IH, down_EHI, routing,
         Slots(*slots) if slots else NO_SLOTS,
         Rows(None, None, None, None, *replay_rows) if replay_rows else None,
-        y_TH, Biases(router_bias_E, correction_bias_E), capacity, seed,
+        y_TH, Biases(router_bias_E, correction_bias_E, gate_up_bias_E2I, down_bias_EH),
+        ExpertRule.decode(expert), capacity, seed,
     )  # fmt: skip
     launch(layer, route, split, GateRule.decode(gate), num_tiles, KernelConfig.decode(config))
 
@@ -81,6 +85,7 @@ def launch_op(
         route,
         split,
         gate.encode(),
+        layer.expert_rule.encode(),
         num_tiles,
         layer.capacity,
         layer.seed,

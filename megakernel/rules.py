@@ -3,6 +3,7 @@
 from dataclasses import astuple, dataclass
 
 SCORES = ("softmax", "sigmoid")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,35 @@ class GateRule:
             SCORES[int(score)], bool(renormalize), scale, int(num_groups), int(top_groups),
             bool(capped), bool(random_second),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertRule:
+    """What an expert computes and how its weights lie; see :class:`layer.Experts`."""
+
+    activation: str = "silu"
+    limit: float = 7.0
+    has_gate: bool = True
+    interleaved: bool = False
+    gate_up_transposed: bool = False
+    down_transposed: bool = False
+
+    @property
+    def stacked(self) -> int:
+        """Matrices of I rows that lie one after the other: gate and up, or one."""
+        return 2 if self.has_gate and not self.interleaved else 1
+
+    @property
+    def rows_per_column(self) -> int:
+        """Rows of such a matrix that make one column of h."""
+        return 2 if self.interleaved else 1
+
+    def encode(self) -> list[float]:
+        """Return the fields as numbers (a custom op takes no dataclass)."""
+        return [float(ACTIVATIONS.index(self.activation)), *map(float, astuple(self)[1:])]
+
+    @classmethod
+    def decode(cls, values: list[float]) -> "ExpertRule":
+        """Invert :meth:`encode`."""
+        activation, limit, *flags = values
+        return cls(ACTIVATIONS[int(activation)], limit, *map(bool, flags))

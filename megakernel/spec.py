@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import triton
 
-from megakernel.rules import GateRule
+from megakernel.rules import ExpertRule, GateRule
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class KernelSpec:
     route: str
     split: str
     gate: GateRule
+    expert: ExpertRule
     top_k: int
     num_experts: int
     num_slots: int
@@ -155,13 +156,25 @@ class KernelSpec:
         return (self.PREFIX_BINS,)
 
     @property
+    def gate_up_block(self) -> int:
+        """Rows of a stacked matrix that one FFN1 task takes."""
+        return self.block_i * self.expert.rows_per_column
+
+    @property
+    def gate_up_height(self) -> int:
+        """Rows of a stacked matrix."""
+        return self.intermediate * self.expert.rows_per_column
+
+    @property
     def ffn1_tile(self) -> tuple[int, int]:
         """[block_rows, gate and up columns]"""
-        return self.block_rows, 2 * self.block_i
+        return self.block_rows, self.expert.stacked * self.gate_up_block
 
     @property
     def ffn1_halves(self) -> tuple[int, int, int]:
-        """[block_rows, gate or up, block_i]"""
+        """[block_rows, gate or up, block_i], or interleaved [block_rows, block_i, gate or up]"""
+        if self.expert.interleaved:
+            return self.block_rows, self.block_i, 2
         return self.block_rows, 2, self.block_i
 
     @property

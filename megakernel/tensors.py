@@ -8,13 +8,36 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
     """Raise unless ``tensor`` is a contiguous floating tensor with ``ndim`` axes."""
+    check_float(name, tensor, ndim)
+    check_contiguous(name, tensor)
+
+
+def check_weight(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is floating, has 3 axes and lies in one of the layouts we read."""
+    check_float(name, tensor, 3)
+    if not tensor.is_contiguous() and not tensor.mT.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, or be so after .mT, got strides {tensor.stride()}"
+        )
+
+
+def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...], weight: Tensor) -> None:
+    """Raise unless ``bias`` is None or a contiguous floating tensor beside the weight."""
+    if bias is not None:
+        check_tensor(name, bias, len(shape))
+        check_shape(name, bias, shape)
+        if bias.device != weight.device:
+            raise ValueError(f"{name} must be on {weight.device} like down_EHI, got {bias.device}")
+
+
+def check_float(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise unless ``tensor`` is a floating tensor with ``ndim`` axes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
-    check_contiguous(name, tensor)
 
 
 def check_no_grad(name: str, tensor: Tensor) -> None:

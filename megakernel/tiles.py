@@ -3,21 +3,37 @@
 import triton
 import triton.language as tl
 
-from megakernel.arithmetic import dot, rounded
+from megakernel.arithmetic import activate, dot, gated, rounded
 
 
 @triton.jit
 def load_weight(
-    weight, matrix, first_row, column,
+    weight, expert, first_row, column,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Load BLOCK rows of each of an expert's COUNT matrices [HEIGHT, WIDTH], stacked.
+
+    Returns them as the right side of a product, [step, COUNT · BLOCK]. Rows past HEIGHT and
+    columns past WIDTH are zero, by TMA and by pointers.
+    """
+    if TRANSPOSED:
+        tile = load_upright(weight, expert, first_row, column, COUNT, BLOCK, HEIGHT, WIDTH, C)
+    else:
+        tile = load_stacked(weight, expert, first_row, column, COUNT, BLOCK, HEIGHT, WIDTH, C).T
+    return tile
+
+
+@triton.jit
+def load_stacked(
+    weight, expert, first_row, column,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Load BLOCK rows of COUNT successive matrices of [HEIGHT, WIDTH] as [COUNT · BLOCK, step].
-
-    Rows past HEIGHT and columns past WIDTH are zero, by TMA and by pointers.
-    """
+    """Load [COUNT · BLOCK, step] where the depth of the product lies along rows."""
     ROWS: tl.constexpr = COUNT * BLOCK
     STEP: tl.constexpr = C.step
+    matrix = expert * COUNT
     if C.weight_tma:
         tile = weight.load([matrix, first_row, column]).reshape([ROWS, STEP])
     else:
@@ -31,6 +47,41 @@ def load_weight(
             other=0.0,
         )
     return tile
+
+
+@triton.jit
+def load_upright(
+    weight, expert, first_row, column,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Load [step, COUNT · BLOCK] where the depth of the product lies along columns."""
+    ROWS: tl.constexpr = COUNT * BLOCK
+    STEP: tl.constexpr = C.step
+    if C.weight_tma:
+        tile = weight.load([expert, column, 0, first_row]).reshape([STEP, ROWS])
+    else:
+        index = tl.arange(0, ROWS)
+        row = first_row + index % BLOCK
+        offset = column + tl.arange(0, STEP)
+        start = (expert.to(tl.int64) * WIDTH + offset) * (COUNT * HEIGHT)
+        tile = tl.load(
+            weight + start[:, None] + (index // BLOCK * HEIGHT + row)[None, :],
+            mask=(offset < WIDTH)[:, None] & (row < HEIGHT)[None, :],
+            other=0.0,
+        )
+    return tile
+
+
+@triton.jit
+def load_bias(
+    bias, expert, first_row, COUNT: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr
+):
+    """Load what belongs to the rows of :func:`load_weight` as float32 [1, COUNT · BLOCK]."""
+    index = tl.arange(0, COUNT * BLOCK)
+    row = first_row + index % BLOCK
+    place = (expert * COUNT + index // BLOCK).to(tl.int64) * HEIGHT + row
+    return tl.load(bias + place, mask=row < HEIGHT, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -51,10 +102,25 @@ def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values):
 
 
 @triton.jit
-def ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C: tl.constexpr):
-    """Compute h = silu(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I.
+def activated(acc, C: tl.constexpr):
+    """Turn the sums of an FFN1 tile into h, [block_rows, block_i]."""
+    if C.expert.has_gate:
+        halves = acc.reshape(C.ffn1_halves)
+        if not C.expert.interleaved:
+            halves = tl.permute(halves, (0, 2, 1))
+        gate, up = tl.split(halves)
+        h = gated(gate, up, C)
+    else:
+        h = activate(acc, C)
+    return h
 
-    Reads: x_TH rows gathered through assignment_of_C, gate_up. Writes: h_CI. Sums in float32.
+
+@triton.jit
+def ffn1_tile(tile, block, x_TH, gate_up, biases, rows, h_CI, C: tl.constexpr):
+    """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I.
+
+    Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI. Sums in
+    float32.
     """
     num_rows = tl.load(rows.rows_of_tile + tile)
     if num_rows > 0:
@@ -66,16 +132,22 @@ def ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C: tl.constexpr):
         )
         x_start = x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
         first = block * C.block_i
+        first_row = block * C.gate_up_block
         acc = tl.full(C.ffn1_tile, 0.0, tl.float32)
         for column in tl.range(0, C.hidden, C.step, num_stages=C.num_stages):
             x = load_rows(x_start, inside, column, C.hidden, C)
+            # One product for gate and up: a wider B makes better use of shared memory bandwidth.
             weights = load_weight(
-                gate_up, 2 * expert, first, column, 2, C.block_i, C.intermediate, C.hidden, C
-            )
-            acc = dot(x, weights.T, acc, C)
-        # One product for both halves: a wider B makes better use of shared memory bandwidth.
-        gate, up = tl.split(tl.permute(acc.reshape(C.ffn1_halves), (0, 2, 1)))
-        h = gate / (1.0 + tl.exp(-gate)) * up
+                gate_up, expert, first_row, column, C.expert.stacked, C.gate_up_block,
+                C.gate_up_height, C.hidden, C.expert.gate_up_transposed, C,
+            )  # fmt: skip
+            acc = dot(x, weights, acc, C)
+        if biases.gate_up_E2I is not None:
+            acc += load_bias(
+                biases.gate_up_E2I, expert, first_row, C.expert.stacked, C.gate_up_block,
+                C.gate_up_height,
+            )  # fmt: skip
+        h = activated(acc, C)
         column = first + tl.arange(0, C.block_i)
         store_rows(
             h_CI, tile * C.block_rows + row, inside, column, C.intermediate,
@@ -84,8 +156,11 @@ def ffn1_tile(tile, block, x_TH, gate_up, rows, h_CI, C: tl.constexpr):
 
 
 @triton.jit
-def ffn2_tile(tile, block, down, rows, h_CI, y_CH, C: tl.constexpr):
-    """Compute y = h · downᵀ for one row tile and one block of H. Reads h_CI, writes y_CH."""
+def ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C: tl.constexpr):
+    """Compute y = h · downᵀ + bias for one row tile and one block of H.
+
+    Reads: h_CI, down, its bias. Writes: y_CH.
+    """
     num_rows = tl.load(rows.rows_of_tile + tile)
     first = block * C.block_h
     if (num_rows > 0) & (first < C.hidden):
@@ -98,9 +173,12 @@ def ffn2_tile(tile, block, down, rows, h_CI, y_CH, C: tl.constexpr):
         for column in tl.range(0, C.intermediate, C.step, num_stages=C.num_stages):
             h = load_rows(h_start, inside, column, C.intermediate, C)
             weights = load_weight(
-                down, expert, first, column, 1, C.block_h, C.hidden, C.intermediate, C
-            )
-            acc = dot(h, weights.T, acc, C)
+                down, expert, first, column, 1, C.block_h, C.hidden, C.intermediate,
+                C.expert.down_transposed, C,
+            )  # fmt: skip
+            acc = dot(h, weights, acc, C)
+        if biases.down_EH is not None:
+            acc += load_bias(biases.down_EH, expert, first, 1, C.block_h, C.hidden)
         column = first + tl.arange(0, C.block_h)
         store_rows(
             y_CH, tile_row, inside, column, C.hidden, rounded(acc, y_CH.dtype.element_ty, C)

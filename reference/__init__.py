@@ -28,11 +28,13 @@ Maps read ``value_of_INDEX``: ``expert_of_P[p]`` is the expert in slot p (vLLM a
 of token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, ``_bytes``.
 """
 
-from reference.moe import expert_ffn, moe, moe_by_expert, moe_by_token
+from reference.experts import ExpertKind, expert_ffn, shared_ffn
+from reference.moe import moe, moe_by_expert, moe_by_token
 from reference.parallel import moe_by_rank
 from reference.router import Routing, choose, count_load, route, score, select, weigh
 
 __all__ = [
+    "ExpertKind",
     "Routing",
     "choose",
     "count_load",
@@ -44,5 +46,6 @@ __all__ = [
     "route",
     "score",
     "select",
+    "shared_ffn",
     "weigh",
 ]

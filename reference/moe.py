@@ -2,19 +2,21 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from reference.experts import SWIGLU, ExpertKind, expert_ffn
 from reference.router import route
 
 
-def expert_ffn(x_TH: Tensor, gate_up_2IH: Tensor, down_HI: Tensor) -> Tensor:
-    """Apply one expert: down · (silu(gate · x) * (up · x)), gate rows first in ``gate_up_2IH``."""
-    gate_TI, up_TI = (x_TH @ gate_up_2IH.T).chunk(2, dim=-1)
-    return (silu(gate_TI) * up_TI) @ down_HI.T
-
-
 def moe_by_token(
-    x_TH: Tensor, expert_of_TK: Tensor, gate_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+    x_TH: Tensor,
+    expert_of_TK: Tensor,
+    gate_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    *,
+    gate_up_bias_E2I: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    kind: ExpertKind = SWIGLU,
 ) -> Tensor:
     """Compute the layer one assignment at a time in float64: slow, and true by reading.
 
@@ -22,8 +24,11 @@ def moe_by_token(
         x_TH: tokens, any floating dtype.
         expert_of_TK: integer ids in [0, E); -1 is skipped.
         gate_TK: weight of each choice.
-        gate_up_E2IH: gate rows first, then up rows.
+        gate_up_E2IH: gate and up rows as ``kind`` says.
         down_EHI: down projection.
+        gate_up_bias_E2I: added to the first product.
+        down_bias_EH: added to the second product, so it is weighted with its expert.
+        kind: what lies between the products.
 
     Returns:
         y_TH: float64.
@@ -35,13 +40,28 @@ def moe_by_token(
     ):
         for expert, gate in zip(experts, gates, strict=True):
             if expert >= 0:
-                x_1H = x_TH[token : token + 1]
-                y_TH[token] += gate * expert_ffn(x_1H, gate_up_E2IH[expert], down_EHI[expert])[0]
+                weights = gate_up_E2IH[expert], down_EHI[expert]
+                biases = at(gate_up_bias_E2I, expert), at(down_bias_EH, expert)
+                y_1H = expert_ffn(x_TH[token : token + 1], *weights, *biases, kind)
+                y_TH[token] += gate * y_1H[0]
     return y_TH
 
 
+def at(bias_EX: Tensor | None, expert: int) -> Tensor | None:
+    """Return an expert's row of a bias that may be absent."""
+    return None if bias_EX is None else bias_EX[expert]
+
+
 def moe_by_expert(
-    x_TH: Tensor, expert_of_TK: Tensor, gate_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+    x_TH: Tensor,
+    expert_of_TK: Tensor,
+    gate_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    *,
+    gate_up_bias_E2I: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    kind: ExpertKind = SWIGLU,
 ) -> Tensor:
     """Compute the layer expert by expert in the dtype of ``x_TH``; arguments as in moe_by_token.
 
@@ -56,7 +76,9 @@ def moe_by_expert(
         if expert < 0:
             continue
         token_A, choice_A = (expert_of_TK == expert).nonzero(as_tuple=True)
-        y_AH = expert_ffn(x_TH[token_A], gate_up_E2IH[expert], down_EHI[expert])
+        weights = gate_up_E2IH[expert], down_EHI[expert]
+        biases = at(gate_up_bias_E2I, expert), at(down_bias_EH, expert)
+        y_AH = expert_ffn(x_TH[token_A], *weights, *biases, kind)
         gate_A1 = gate_TK[token_A, choice_A, None].to(x_TH.dtype)
         y_TH = y_TH.index_add(0, token_A, gate_A1 * y_AH)
     return y_TH

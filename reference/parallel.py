@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reference.moe import expert_ffn
+from reference.experts import expert_ffn
 
 
 def moe_by_rank(

@@ -36,7 +36,7 @@ ROUTERS = {
     "groups of one": Router(2, "sigmoid", num_groups=12, top_groups=5),
     "softmax in groups": Router(3, renormalize=False, num_groups=3, top_groups=1),
     "softmax corrected": Router(3, correction_bias_E=CORRECTION, bias_E=BIAS, scale=0.5),
-    "Switch": Router(1, renormalize=False, capacity=4),
+    "Switch": Router(1, renormalize=False, capacity=2),
     "capacity of one": Router(3, capacity=1),
     "capacity that nobody reaches": Router(3, capacity=T),
     "GShard": Router(2, capacity=4, random_second_seed=5),
