@@ -30,5 +30,12 @@ format: $(VENV)/ready
 	$(RUN) -m ruff check --fix $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
 
+bench: $(VENV)/ready
+	$(RUN) -m perf run --suite all --quick --out out/perf
+	$(RUN) -m perf report out/perf --out out/perf
+
+gpu: $(VENV)/ready
+	$(RUN) -m perf.gpu
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -139,7 +139,7 @@ class RooflineCosts:
         missed = self._read(("up", expert, task.block), weight_bytes)
         missed += self._read(("x", task.tile), token_bytes)
         written = rows * spec.block_i * ELEMENT_BYTES
-        self._write(("h", task.tile, task.block), written)
+        self._write(("h", task.tile), written)
         busy = min(self.num_workers, self._filled * spec.i_blocks)
         return self._gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
 
@@ -151,10 +151,9 @@ class RooflineCosts:
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = spec.block_h * spec.intermediate * ELEMENT_BYTES
         missed = self._read(("down", expert, task.block), weight_bytes)
-        for block in range(spec.i_blocks):
-            missed += self._read(("h", task.tile, block), rows * spec.block_i * ELEMENT_BYTES)
+        missed += self._read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
         written = rows * spec.block_h * ELEMENT_BYTES
-        self._write(("y", task.tile, task.block), written)
+        self._traffic += written
         busy = min(self.num_workers, self._filled * spec.group_blocks * spec.num_groups)
         return self._gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
 

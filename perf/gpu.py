@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from perf import report
+from perf.bench import Bench
 from perf.measure import DEFAULT, QUICK, Protocol
 from perf.record import ROOT, provenance
-from perf.suites import Bench, run_suite
+from perf.suites import run_suite
 
 TOTAL_SECONDS = 520.0
 TEST_SECONDS = 130.0

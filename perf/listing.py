@@ -5,8 +5,8 @@ import argparse
 import torch
 
 from perf.cases import SCENARIOS, SHAPES
-from perf.providers import all_providers
-from perf.suites import suites
+from perf.peers import ALL_PROVIDERS
+from perf.suites import SUITES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print("suites")
-    for name, suite in suites().items():
+    for name, suite in SUITES.items():
         print(
             f"  {name:10} {suite.about}; {'needs a GPU' if suite.needs_gpu else 'runs anywhere'}"
         )
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, make in SCENARIOS.items():
         print(f"  {name:14} {(make.__doc__ or '').splitlines()[0]}")
     print("providers")
-    for provider in all_providers():
+    for provider in ALL_PROVIDERS:
         reason = provider.why_missing(device)
         print(f"  {provider.name:24} {f'skipped: {reason}' if reason else 'ready'}")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf.providers import Call, Problem, Provider, torch_gate
+from perf.providers import OURS, PLAIN, Call, Problem, Provider, torch_gate
 
 # LigerCute reserves memory once per process for its largest call.
 CUTE_MAX_TOKENS, CUTE_MAX_HIDDEN, CUTE_MAX_EXPERTS, CUTE_MAX_TOP_K = 65536, 7168, 256, 8
@@ -153,3 +153,4 @@ PEERS = (
     Provider("SGLang fused_moe", sglang, "sglang", needs_gpu=True),
     Provider("moe-ops", moe_ops, "moe_ops", needs_gpu=True),
 )
+ALL_PROVIDERS = (*OURS, *PLAIN, *PEERS)

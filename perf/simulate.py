@@ -9,18 +9,15 @@ import heapq
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megakernel.compile_check import ROUTE_OF_MODE, make_layer
-from megakernel.config import SHIPPED, KernelConfig, default_height, why_illegal
-from megakernel.launch import make_spec
+from megakernel.compile_check import ROUTE_OF_MODE, CompileCase
+from megakernel.config import SHIPPED, KernelConfig, default_height
 from megakernel.models import ModelShape
-from megakernel.rules import GateRule
 from megakernel.schedule import NAMES, Schedule, Task, bound_tiles
 from megakernel.spec import KernelSpec
 from perf.cases import SCENARIOS, SHAPES, Case, make_loads
@@ -30,20 +27,28 @@ from perf.roofline import useful_work
 TaskCosts = Callable[[Sequence[Task]], np.ndarray]
 LABEL = "PREDICTED by a model of the queue, not measured"
 
-# What --grid and perf.tune try; why_fits leaves out what a multiprocessor cannot hold.
-GRID = {
-    "block_rows": (16, 32, 64, 128),
-    "block_i": (64, 128),
-    "block_h": (64, 128, 256),
-    "step": (64, 128),
-    "column_groups": (1, 2, 4, 8),
-    "tile_group": (4, 8, 16),
-    "num_warps": (4, 8),
-    "num_stages": (3, 4),
-    "workers_per_sm": (1, 2),
-}
-SHARED_PER_SM_BYTES = 233_472
-REGISTERS_PER_SM = 65_536
+# Tile shapes that compile for sm_90 without spills in a queue of this kind: rows, gate and up
+# columns of FFN1, columns of FFN2, step, warps, stages, workers per multiprocessor.
+TILE_FIELDS = (
+    "block_rows", "block_i", "block_h", "step", "num_warps", "num_stages", "workers_per_sm",
+)  # fmt: skip
+TILE_SHAPES = (
+    (256, 64, 128, 64, 8, 4, 1),
+    (128, 128, 256, 64, 8, 3, 1),
+    (128, 128, 256, 64, 8, 4, 1),
+    (128, 64, 128, 64, 4, 3, 2),
+    (128, 64, 128, 64, 8, 3, 1),
+    (64, 128, 256, 64, 4, 2, 2),
+    (64, 128, 256, 64, 4, 3, 1),
+    (64, 64, 128, 64, 4, 4, 2),
+    (32, 64, 128, 128, 4, 3, 1),
+    (16, 64, 64, 128, 4, 4, 1),
+    (16, 64, 64, 128, 4, 3, 2),
+    (16, 32, 64, 128, 4, 4, 2),
+    (16, 64, 128, 128, 4, 3, 2),
+)
+ORDERS = {"column_groups": (1, 2, 4, 8), "tile_group": (2, 4, 8, 16)}
+SHOWN_FIELDS = (*TILE_FIELDS, *ORDERS, "num_workers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,13 @@ def make_tiles(load_E: np.ndarray, block_rows: int, num_tiles: int | None = None
     return Tiles(np.pad(rows, (0, empty)), np.pad(expert_of_tile, (0, empty)))
 
 
+def make_spec(model: ModelShape, mode: str, config: KernelConfig) -> KernelSpec:
+    """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
+    spec = CompileCase("tall", model, mode).spec
+    shared = {field.name for field in fields(spec)} & {field.name for field in fields(config)}
+    return replace(spec, **{name: getattr(config, name) for name in shared})
+
+
 def make_launch(
     model: ModelShape,
     num_tokens: int,
@@ -121,8 +133,7 @@ def make_launch(
         mode: live, replay or routed.
         machine: for the number of workers.
     """
-    layer = make_layer(model, mode, config.block_rows)
-    spec = make_spec(layer, ROUTE_OF_MODE[mode], "one", GateRule(), config)
+    spec = make_spec(model, mode, config)
     room = None
     if mode != "replay":
         room = bound_tiles(num_tokens * model.top_k, model.num_experts, config.block_rows)
@@ -178,53 +189,41 @@ def predict(
     return simulate(launch, costs, machine)
 
 
-def why_not_resident(config: KernelConfig, spec: KernelSpec) -> str | None:
-    """Return why a multiprocessor cannot hold the config's workers, or None.
-
-    An estimate from the tiles' sizes; compile_check reads the real figures from a cubin.
-    """
-    rows = spec.block_rows
-    stage_bytes = 2 * spec.step * max(rows + 2 * spec.block_i, rows + spec.block_h)
-    shared = stage_bytes * config.num_stages * config.workers_per_sm
-    if shared > SHARED_PER_SM_BYTES:
-        return f"{shared} bytes of shared memory"
-    accumulators = rows * max(2 * spec.block_i, spec.block_h)
-    threads = 32 * config.num_warps
-    # 96 registers a thread besides the accumulators; 255 is the most a thread may have.
-    registers = accumulators // threads + 96
-    if registers > 255:
-        return f"{registers} registers a thread"
-    if registers * threads * config.workers_per_sm > REGISTERS_PER_SM:
-        return f"{registers * threads * config.workers_per_sm} registers"
-    return None
+def neighbours(config: KernelConfig) -> list[KernelConfig]:
+    """Return the configs with another tile shape, or with one field of ORDERS changed."""
+    shapes = [dict(zip(TILE_FIELDS, shape, strict=True)) for shape in TILE_SHAPES]
+    orders = [{name: value} for name, values in ORDERS.items() for value in values]
+    return [replace(config, **changes) for changes in (*shapes, *orders)]
 
 
-def grid_configs(model: ModelShape, grid: dict[str, tuple[int, ...]]) -> list[KernelConfig]:
-    """Return the legal combinations of a grid that a multiprocessor should hold."""
-    configs = []
-    for values in product(*grid.values()):
-        config = replace(KernelConfig(), **dict(zip(grid, values, strict=True)))
-        layer = make_layer(model, "live", config.block_rows)
-        spec = make_spec(layer, "live", "one", GateRule(), config)
-        if why_illegal(config) is None and why_not_resident(config, spec) is None:
-            configs.append(config)
-    return configs
-
-
-def rank_configs(
-    configs: Sequence[KernelConfig],
+def search_configs(
+    start: KernelConfig,
     model: ModelShape,
     num_tokens: int,
     load_E: np.ndarray,
     mode: str,
     machine: Machine = H200,
 ) -> list[tuple[float, KernelConfig]]:
-    """Return (predicted microseconds, config), fastest first."""
-    predicted = [
-        (predict(model, num_tokens, load_E, config, mode, machine).launch_us, config)
-        for config in tqdm(configs, desc="simulating", unit=" configs", leave=False)
-    ]
-    return sorted(predicted, key=lambda pair: pair[0])
+    """Walk from ``start`` to the best neighbour until none is better.
+
+    Returns:
+        (predicted microseconds, config) of every config seen, fastest first.
+    """
+    predicted_us: dict[KernelConfig, float] = {}
+    best = start
+    with tqdm(desc="simulating", unit=" configs", leave=False) as progress:
+        while True:
+            for config in [best, *neighbours(best)]:
+                if config not in predicted_us:
+                    predicted_us[config] = predict(
+                        model, num_tokens, load_E, config, mode, machine
+                    ).launch_us
+                    progress.update()
+            fastest = min(predicted_us, key=lambda config: predicted_us[config])
+            if fastest == best:
+                break
+            best = fastest
+    return sorted(((us, config) for config, us in predicted_us.items()), key=lambda one: one[0])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +235,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=N", help="change fields of the config"
     )
-    parser.add_argument("--grid", type=int, metavar="N", help="rank a grid of configs, print N")
+    parser.add_argument(
+        "--search", type=int, metavar="N", help="search better configs, print the best N"
+    )
     parser.add_argument(
         "--costs", type=Path, help="JSON with measured microseconds of each kind of task"
     )
@@ -253,11 +254,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"perf simulate: {error}", file=sys.stderr)
         return 2
     print(f"{LABEL}\n{case.name}, T = {case.num_tokens}, {arguments.mode}, {H200.roofs.source}")
-    if arguments.grid:
-        ranked = rank_configs(
-            grid_configs(case.model, GRID), case.model, case.num_tokens, load_E, arguments.mode
-        )
-        for predicted_us, one in ranked[: arguments.grid]:
+    if arguments.search:
+        ranked = search_configs(config, case.model, case.num_tokens, load_E, arguments.mode)
+        for predicted_us, one in ranked[: arguments.search]:
             print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
         return 0
     launch = make_launch(case.model, case.num_tokens, load_E, config, arguments.mode)
@@ -278,8 +277,10 @@ def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
     changes = {}
     for change in arguments.set:
         field, _, value = change.partition("=")
-        if (field not in GRID and field != "num_workers") or not value.isdigit():
-            raise ValueError(f"--set must be FIELD=N with a field of {list(GRID)}, got {change!r}")
+        if field not in SHOWN_FIELDS or not value.isdigit():
+            raise ValueError(
+                f"--set must be FIELD=N with a field of {', '.join(SHOWN_FIELDS)}, got {change!r}"
+            )
         changes[field] = int(value)
     return replace(SHIPPED[name], **changes)
 
@@ -294,8 +295,7 @@ def choose_costs(path: Path | None, launch: Launch, case: Case) -> TaskCosts:
 
 def describe(config: KernelConfig) -> str:
     """Name the fields that shape a launch's time."""
-    fields = [f"{name}={getattr(config, name)}" for name in GRID]
-    return " ".join([*fields, f"num_workers={config.num_workers}"])
+    return " ".join(f"{name}={getattr(config, name)}" for name in SHOWN_FIELDS)
 
 
 def format_prediction(prediction: Prediction, case: Case, load_E: np.ndarray) -> str:

@@ -10,13 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megakernel.launch
 from megakernel.config import SHIPPED, KernelConfig, default_height
 from megakernel.models import MODELS
+from perf.bench import Bench
 from perf.cases import TINY, Case, make_loads
 from perf.demo_layers import count_launches
 from perf.measure import Timing, time_host
+from perf.peers import ALL_PROVIDERS
 from perf.providers import (
     OURS,
     Problem,
-    all_providers,
     live_output,
     make_problem,
     ours_routed,
@@ -25,7 +26,6 @@ from perf.providers import (
 )
 from perf.roofline import useful_work
 from perf.simulate import LABEL, predict
-from perf.suites import Bench
 
 ALLOCATING = ("empty", "zeros", "ones", "full", "clone", "arange", "randn")
 SIMULATED_TOKENS = (64, 1024, 8192)
@@ -43,7 +43,7 @@ def host(bench: Bench) -> None:
     microseconds: they are our Python, not Triton's.
     """
     case = Case(MODELS["Qwen3-30B-A3B"], 1024) if bench.on_gpu else Case(TINY, 16)
-    providers = all_providers() if bench.on_gpu else OURS
+    providers = ALL_PROVIDERS if bench.on_gpu else OURS
     problem = make_problem(case, bench.device)
     ready = prepare(problem, providers)
     bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]

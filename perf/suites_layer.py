@@ -6,6 +6,7 @@ import torch
 
 from megakernel.config import default_config
 from megakernel.models import MODELS
+from perf.bench import Bench
 from perf.cases import (
     DECODE_TOKENS,
     FORWARD_TOKENS,
@@ -17,10 +18,10 @@ from perf.cases import (
     why_missing,
 )
 from perf.measure import Timing
-from perf.providers import OURS, Provider, all_providers, make_problem, prepare
+from perf.peers import ALL_PROVIDERS
+from perf.providers import OURS, Provider, make_problem, prepare
 from perf.roofline import Work, useful_work
 from perf.simulate import predict
-from perf.suites import Bench
 
 # The sizes that matter most come first: a budget may end a suite early.
 FIRST_TOKENS = (8192, 4096, 16384)
@@ -34,13 +35,13 @@ def forward(bench: Bench) -> None:
     """Prefill and training sizes, uniform routing."""
     others = [T for T in FORWARD_TOKENS if T not in FIRST_TOKENS]
     for case in bench.each(sweep(bench, (*FIRST_TOKENS, *others), "uniform")):
-        time_providers(bench, "forward", case, all_providers())
+        time_providers(bench, "forward", case, ALL_PROVIDERS)
 
 
 def decode(bench: Bench) -> None:
     """Few tokens: reading the touched experts' weights is the work."""
     for case in bench.each(sweep(bench, DECODE_TOKENS, "uniform")):
-        time_providers(bench, "decode", case, all_providers())
+        time_providers(bench, "decode", case, ALL_PROVIDERS)
 
 
 def replay(bench: Bench) -> None:
@@ -60,7 +61,7 @@ def skew(bench: Bench) -> None:
         if reason := why_missing(case):
             bench.notes.append(f"{case.name}: skipped, {reason}")
             continue
-        timing_of = time_providers(bench, "skew", case, all_providers())
+        timing_of = time_providers(bench, "skew", case, ALL_PROVIDERS)
         for (mode, provider), timing in timing_of.items():
             key = (case.model.name, mode, provider)
             if case.scenario == "balanced":

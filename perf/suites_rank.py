@@ -15,11 +15,11 @@ from balance.report import compare, measure_plan
 from balance.synthetic import SyntheticConfig, make_trace
 from megakernel.config import SHIPPED, default_config, default_height
 from megakernel.models import MODELS, ModelShape
+from perf.bench import Bench
 from perf.cases import GPT_OSS_20B, TRACE_PATH, Case
 from perf.measure import Timing
 from perf.providers import make_weights
 from perf.simulate import LABEL, predict
-from perf.suites import Bench
 
 NUM_RANKS = 8
 SPARE_SLOTS = 1
@@ -128,11 +128,14 @@ def share_rows(
     """Return rows_ER of each method: assignments of each expert that each rank computes."""
     load_BE = trace.loads()[:, 0]
     load_E, R = load_BE[micro_batch], topology.num_ranks
-    rows_of = {EVEN: cut_evenly(load_E, R), OURS: planned_rows(plan, trace, micro_batch)}
-    for method, name in BASELINE_OF.items():
-        # Baselines are given the whole batch, since some plan from earlier micro-batches.
-        served = BASELINES[name](load_BE.astype(float), topology)
-        rows_of[method] = round_rows(served.load_BER[micro_batch], load_E)
+    # Baselines are given the whole batch, since some plan from earlier micro-batches.
+    served_of = {
+        method: BASELINES[name](load_BE.astype(float), topology).load_BER[micro_batch]
+        for method, name in BASELINE_OF.items()
+    }
+    rows_of = {method: round_rows(share_ER, load_E) for method, share_ER in served_of.items()}
+    rows_of[OURS] = planned_rows(plan, trace, micro_batch)
+    rows_of[EVEN] = cut_evenly(load_E, R)
     return rows_of
 
 

@@ -1,7 +1,7 @@
 """Find the fastest KernelConfig for a model and a number of tokens, on the GPU at hand.
 
-The simulator ranks a grid first, so that GPU minutes go to the promising configs; the best of them
-are checked, timed and written to a table. Without a GPU only ``--predict`` works, which prints the
+The simulator searches first, so that GPU minutes go to promising configs; the best of them are
+checked, timed and written to a table. Without a GPU only ``--predict`` works, which prints the
 ranking and writes nothing.
 """
 
@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 
 from megakernel import Experts, Router, moe, prepare_replay
-from megakernel.config import SHIPPED, KernelConfig
-from megakernel.models import MODELS
-from perf.cases import SCENARIOS, Case, make_loads
+from megakernel.config import SHIPPED, KernelConfig, default_height
+from perf.bench import Bench
+from perf.cases import SCENARIOS, SHAPES, Case, make_loads
 from perf.measure import QUICK, Timing
 from perf.providers import Call, Problem, Provider, make_problem, prepare
 from perf.record import provenance
-from perf.simulate import GRID, LABEL, describe, grid_configs, rank_configs
-from perf.suites import Bench
+from perf.simulate import LABEL, describe, search_configs
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 32768)
 MODES = ("live", "replay")
@@ -46,10 +45,10 @@ class Tuned:
 
 
 def tune(bench: Bench, case: Case, mode: str, num_tried: int) -> Tuned:
-    """Rank the grid by the simulator, time the best and the shipped ones, keep the fastest."""
+    """Search by the simulator, time its best and the shipped configs, keep the fastest."""
     model = case.model
-    ranked = rank_configs(
-        grid_configs(model, GRID), model, case.num_tokens, make_loads(case), mode, bench.machine
+    ranked = search_configs(
+        default_of(case), model, case.num_tokens, make_loads(case), mode, bench.machine
     )
     tried = {describe(config): config for config in SHIPPED.values()}
     tried |= {describe(config): config for _, config in ranked[:num_tried]}
@@ -101,7 +100,7 @@ def configured_call(problem: Problem, mode: str, config: KernelConfig) -> Call:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["Qwen3-30B-A3B"])
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-30B-A3B"])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
@@ -113,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tune and write the table; 2 without a GPU."""
     cases = [
-        Case(MODELS[name], num_tokens, arguments.scenario)
+        Case(SHAPES[name], num_tokens, arguments.scenario)
         for name in arguments.model
         for num_tokens in arguments.tokens
     ]
@@ -146,9 +145,14 @@ def print_ranking(case: Case, mode: str, num_shown: int) -> None:
     """Print the simulator's best configs and its figures for the shipped ones."""
     load_E = make_loads(case)
     print(f"{LABEL}\n{case.name}, T = {case.num_tokens}, {mode}")
-    configs = grid_configs(case.model, GRID)
-    ranked = rank_configs(configs, case.model, case.num_tokens, load_E, mode)
-    shipped = rank_configs(list(SHIPPED.values()), case.model, case.num_tokens, load_E, mode)
-    for title, pairs in (("grid", ranked[:num_shown]), ("shipped", shipped)):
-        for predicted_us, config in pairs:
-            print(f"  {title:8} {predicted_us:9.0f} us predicted  {describe(config)}")
+    default = default_of(case)
+    ranked = search_configs(default, case.model, case.num_tokens, load_E, mode)
+    for predicted_us, config in ranked[:num_shown]:
+        print(f"  {predicted_us:9.0f} us predicted  {describe(config)}")
+    default_us = dict((config, us) for us, config in ranked)[default]
+    print(f"  {default_us:9.0f} us predicted  the default: {describe(default)}")
+
+
+def default_of(case: Case) -> KernelConfig:
+    """Return the shipped config that moe() takes for a case on a GPU."""
+    return SHIPPED[default_height(case.num_assignments, case.model.num_experts)]

@@ -1,0 +1,100 @@
+"""The cost model's parts, each against what it claims to follow."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megakernel.config import KernelConfig
+from megakernel.schedule import NAMES, Task
+from perf.cases import SHAPES, TINY
+from perf.costs import H200, MeasuredCosts, RooflineCosts, Tiles, sum_around
+from perf.simulate import make_launch
+
+QWEN = SHAPES["Qwen3-30B-A3B"]
+
+
+def costs_of(model=QWEN, load_E=None, mode="live", **changes):
+    load_E = np.full(model.num_experts, 64) if load_E is None else load_E
+    num_tokens = -(-int(load_E.sum()) // model.top_k)
+    config = replace(KernelConfig(), **changes)
+    launch = make_launch(model, num_tokens, load_E, config, mode)
+    spec = launch.schedule.spec
+    return launch, RooflineCosts(spec, num_tokens, launch.tiles, launch.num_workers)
+
+
+def test_neighbours_are_summed_and_ends_have_fewer():
+    assert sum_around(np.array([1.0, 2.0, 4.0]), 3).tolist() == [3, 7, 6]
+    assert sum_around(np.array([1.0, 2.0, 4.0]), 1).tolist() == [1, 2, 4]
+    assert sum_around(np.array([1.0, 2.0]), 100).tolist() == [3, 3]
+
+
+def test_every_kind_of_task_costs_something():
+    launch, costs = costs_of()
+    tasks = list(launch.schedule.tasks())
+    cost_N = costs(tasks)
+    assert {NAMES[task.kind] for task in tasks} == set(NAMES)
+    assert cost_N.shape == (len(tasks),) and (cost_N > 0).all()
+
+
+def test_a_full_tile_costs_at_least_its_product_and_its_reads():
+    _, costs = costs_of(load_E=np.full(128, 128))
+    task = Task(costs.spec.FFN1, 0, 0)
+    flops = 2 * 128 * 128 * 2048
+    least_us = 1e6 * flops / (H200.roofs.dense_flops_per_s / 264)
+    read_us = 1e6 * (128 + 128) * 2048 * 2 / (H200.roofs.l2_bytes_per_s / 264)
+    assert costs.demand(task).steps_us >= max(least_us, read_us) * 0.999
+
+
+def test_weights_come_from_memory_once_while_they_stay_cached():
+    _, costs = costs_of(load_E=np.full(128, 256))
+    first, again = (costs.demand(Task(costs.spec.FFN1, tile, 0)) for tile in (0, 1))
+    weight_bytes = 2 * 64 * 2048 * 2
+    assert first.moved_bytes - again.moved_bytes == weight_bytes
+
+
+def test_weights_come_from_memory_again_after_a_cache_full_of_others():
+    _, costs = costs_of()
+    costs._read(("up", 0, 0), 1.0)
+    costs._write(("h", 0), H200.cache_bytes + 1)
+    assert costs._read(("up", 0, 0), 1.0) == 1.0
+    assert costs._read(("up", 0, 0), 1.0) == 0.0
+
+
+def test_a_tile_without_rows_is_nearly_free():
+    load_E = np.zeros(128, np.int64)
+    load_E[0] = 64
+    _, costs = costs_of(load_E=load_E)
+    assert costs.tiles.rows_of_tile[1] == 0
+    assert costs.demand(Task(costs.spec.FFN1, 1, 0)).moved_bytes == 0
+
+
+def test_shorter_tiles_for_tails_never_cost_more_product():
+    _, costs = costs_of(load_E=np.full(128, 70))
+    low = replace(costs, heights=(16, 32, 64, 128))
+    assert (
+        low._gemm(8, 128, 2048, 0, 0, 264).steps_us
+        <= costs._gemm(8, 128, 2048, 0, 0, 264).steps_us
+    )
+
+
+def test_a_replayed_gate_selects_nothing_and_costs_less():
+    (_, live), (_, replay), (_, routed) = (costs_of(mode=m) for m in ("live", "replay", "routed"))
+    assert live._gate() > replay._gate() > routed._gate()
+
+
+def test_measured_costs_are_looked_up_by_kind():
+    tiles = Tiles(np.array([5, 0]), np.array([0, 0]))
+    costs = MeasuredCosts(dict(zip(NAMES, range(1, 7), strict=True)), tiles)
+    tasks = [Task(kind, 0) for kind in range(6)] + [Task(3, 1)]
+    assert costs(tasks).tolist() == [1, 2, 3, 4, 5, 6, 0]
+
+
+def test_measured_costs_must_know_every_kind():
+    with pytest.raises(ValueError, match=r"us_of_kind must have every kind.*'combine'"):
+        MeasuredCosts({name: 1.0 for name in NAMES[:-1]}, Tiles(np.zeros(1), np.zeros(1)))
+
+
+def test_a_tiny_model_has_costs_too():
+    launch, costs = costs_of(TINY, np.full(8, 4), block_rows=16)
+    assert np.isfinite(costs(list(launch.schedule.tasks()))).all()

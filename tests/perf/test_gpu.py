@@ -1,0 +1,63 @@
+"""``make gpu``: its budgets add up, and without a GPU it says so."""
+
+import subprocess
+import time
+from types import SimpleNamespace
+
+from perf import gpu
+from perf.measure import QUICK
+from perf.suites import SUITES
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU here" in capsys.readouterr().err
+
+
+def test_the_budgets_stay_under_nine_minutes():
+    assert set(gpu.SECONDS_OF_SUITE) == set(SUITES)
+    whole = gpu.TEST_SECONDS + sum(gpu.SECONDS_OF_SUITE.values()) + gpu.REPORT_SECONDS
+    assert whole <= gpu.TOTAL_SECONDS < 9 * 60
+
+
+def test_a_part_never_gets_more_than_what_is_left():
+    clock = gpu.Clock(time.monotonic() + 50)
+    assert clock.budget(1000) < 50 - gpu.REPORT_SECONDS + 0.1
+    assert clock.budget(5) == 5
+    assert gpu.Clock(time.monotonic()).budget(5) == 0
+
+
+def test_a_suite_that_breaks_does_not_stop_the_others(monkeypatch, tmp_path):
+    started = []
+
+    def run_suite(name, bench, out):
+        started.append(name)
+        if name == "decode":
+            raise RuntimeError("boom")
+        return ["replay: slow"] if name == "replay" else []
+
+    monkeypatch.setattr(gpu, "run_suite", run_suite)
+    monkeypatch.setattr(gpu, "Bench", lambda *args, **fields: SimpleNamespace(roofs=None))
+    failures = gpu.run_suites(gpu.Clock(time.monotonic() + 1000), tmp_path, QUICK)
+    assert started == list(gpu.SECONDS_OF_SUITE)
+    assert failures == ["decode: RuntimeError: boom", "replay: slow"]
+
+
+def test_red_tests_are_a_failure(monkeypatch):
+    statuses = iter([0, 5, 1])
+    monkeypatch.setattr(
+        gpu.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(statuses))
+    )
+    clock = gpu.Clock(time.monotonic() + 1000)
+    assert gpu.run_tests(clock) == []
+    assert gpu.run_tests(clock) == []
+    assert gpu.run_tests(clock) == ["tests: pytest exited with 1"]
+
+
+def test_tests_that_take_too_long_are_a_failure(monkeypatch):
+    def too_long(*args, timeout, **options):
+        raise subprocess.TimeoutExpired("pytest", timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", too_long)
+    assert "not done after" in gpu.run_tests(gpu.Clock(time.monotonic() + 1000))[0]

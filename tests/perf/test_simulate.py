@@ -1,0 +1,160 @@
+"""The simulated queue obeys the kernel's waits, and its arithmetic can be checked by hand."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakernel.config import SHIPPED, KernelConfig, why_illegal
+from megakernel.schedule import NAMES
+from perf.__main__ import main
+from perf.cases import SHAPES, TINY, Case, make_loads
+from perf.costs import H200, MeasuredCosts
+from perf.simulate import (
+    LABEL,
+    make_launch,
+    make_tiles,
+    neighbours,
+    predict,
+    search_configs,
+    simulate,
+)
+
+SMALL = replace(KernelConfig(), block_rows=16, block_i=16, block_h=16, step=16, block_tokens=16,
+                combine_tokens=16, select_tokens=16)  # fmt: skip
+
+
+def constant_costs(launch, us=2.0):
+    return MeasuredCosts(dict.fromkeys(NAMES, us), launch.tiles)
+
+
+@given(
+    num_tokens=st.integers(1, 70),
+    workers=st.integers(1, 40),
+    groups=st.integers(1, 4),
+    mode=st.sampled_from(["live", "replay", "routed"]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_task_starts_before_what_it_waits_for(num_tokens, workers, groups, mode, seed):
+    case = Case(TINY, num_tokens, "zipf", seed)
+    config = replace(SMALL, num_workers=workers, column_groups=groups)
+    launch = make_launch(TINY, num_tokens, make_loads(case), config, mode)
+    schedule = launch.schedule
+    found = simulate(launch, constant_costs(launch))
+    signals: dict[int, list[float]] = {}
+    for n, task in enumerate(schedule.tasks()):
+        for counter, least in schedule.waits(task):
+            assert len(signals[counter]) == least
+            assert found.start_N[n] >= max(signals[counter])
+        if (counter := schedule.signal(task)) is not None:
+            signals.setdefault(counter, []).append(found.end_N[n])
+    assert found.launch_us > found.end_N.max()
+
+
+@given(num_tokens=st.integers(1, 70), workers=st.integers(1, 12))
+@settings(max_examples=10, deadline=None)
+def test_a_worker_does_one_thing_at_a_time(num_tokens, workers):
+    case = Case(TINY, num_tokens, "uniform")
+    config = replace(SMALL, num_workers=workers)
+    launch = make_launch(TINY, num_tokens, make_loads(case), config)
+    found = simulate(launch, constant_costs(launch))
+    for worker in range(workers):
+        mine = np.flatnonzero(found.worker_N == worker)
+        assert (found.claim_N[mine][1:] >= found.end_N[mine][:-1]).all()
+    assert 0 < found.busy_share <= 1
+
+
+def test_one_worker_takes_the_sum_of_everything():
+    launch = make_launch(TINY, 32, np.full(8, 8), replace(SMALL, num_workers=1), "replay")
+    tasks = list(launch.schedule.tasks())
+    found = simulate(launch, constant_costs(launch, 2.0))
+    polls = sum(len(launch.schedule.waits(task)) for task in tasks)
+    signals = sum(launch.schedule.signal(task) is not None for task in tasks)
+    by_hand = (
+        len(tasks) * (H200.claim_us + 2.0)
+        + polls * H200.poll_us
+        + signals * H200.signal_us
+        + H200.claim_us
+        + H200.launch_us
+    )
+    assert found.launch_us == pytest.approx(by_hand)
+
+
+def test_tiles_hold_all_rows_of_their_experts():
+    tiles = make_tiles(np.array([5, 0, 33, 16]), 16, num_tiles=8)
+    assert tiles.rows_of_tile.tolist() == [5, 16, 16, 1, 16, 0, 0, 0]
+    assert tiles.expert_of_tile[:5].tolist() == [0, 2, 2, 2, 3]
+
+
+def test_replay_is_predicted_faster_than_a_live_gate():
+    model = SHAPES["OLMoE"]
+    load_E = make_loads(Case(model, 512, "recorded"))
+    live, replay = (
+        predict(model, 512, load_E, SHIPPED["middle"], mode).launch_us
+        for mode in ("live", "replay")
+    )
+    assert replay < live
+
+
+def test_a_prediction_stays_above_the_roofline():
+    from perf.roofline import useful_work
+
+    model = SHAPES["OLMoE"]
+    for num_tokens in (1, 64, 512):
+        load_E = make_loads(Case(model, num_tokens, "uniform"))
+        found = predict(model, num_tokens, load_E, SHIPPED["low"])
+        assert found.launch_us > H200.roofs.least_us(useful_work(model, num_tokens, load_E))
+
+
+def test_the_search_tries_legal_configs_and_never_ends_worse():
+    load_E = make_loads(Case(TINY, 32, "uniform"))
+    ranked = search_configs(SHIPPED["tall"], TINY, 32, load_E, "live")
+    predicted_us = [us for us, _ in ranked]
+    assert predicted_us == sorted(predicted_us)
+    assert SHIPPED["tall"] in [config for _, config in ranked]
+    assert all(why_illegal(config) is None for config in neighbours(SHIPPED["tall"]))
+
+
+def test_the_command_labels_its_figures_and_draws(tmp_path, capsys):
+    picture = tmp_path / "t.png"
+    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--set", "num_workers=3"]
+    assert main([*argv, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert LABEL in out and "predicted: " in out and "num_workers=3" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_takes_measured_costs_and_searches(tmp_path, capsys):
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps(dict.fromkeys(NAMES, 3.0)))
+    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--mode", "replay"]
+    assert main([*argv, "--costs", str(costs)]) == 0
+    assert main([*argv, "--search", "2"]) == 0
+    assert capsys.readouterr().out.count(" us predicted") == 2
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--set", "colour=3"], "--set must be FIELD=N"),
+        (["--set", "block_rows=7"], "block_rows must be a power of two"),
+        (["--scenario", "gpt-oss"], "the trace is of 32 experts"),
+    ],
+    ids=["unknown-field", "illegal-value", "no-such-trace"],
+)
+def test_bad_arguments_end_with_a_reason(argv, words, capsys):
+    assert main(["simulate", "--model", "tiny", "--tokens", "8", *argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_arguments_have_defaults():
+    from perf.simulate import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args([]).tokens == 8192
