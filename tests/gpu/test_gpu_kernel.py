@@ -71,14 +71,15 @@ def test_every_case_of_the_interpreter(case: Case, device: torch.device) -> None
     assert error <= MOST_ERROR[case.dtype]
 
 
+SLOW = pytest.mark.slow  # together with the others, for their compilations
 REAL = [
     pytest.param(QWEN, 4096, id="Qwen3-30B-A3B: most tasks per byte of weight"),
-    pytest.param("Qwen3-235B-A22B", 4096, id="Qwen3-235B-A22B"),
-    pytest.param("Mixtral-8x7B", 4096, id="Mixtral-8x7B: few wide experts"),
     pytest.param("gpt-oss-120b", 4096, id="gpt-oss-120b: 2880 is no multiple of a tile"),
-    pytest.param("OLMoE", 4096, id="OLMoE"),
     pytest.param("DeepSeek-V3 routed", 4096, id="DeepSeek-V3: 11e9 weights pass 2^31 elements"),
-    pytest.param("JoyAI-LLM Flash", 4096, id="JoyAI-LLM Flash"),
+    pytest.param("Mixtral-8x7B", 4096, id="Mixtral-8x7B: few wide experts", marks=SLOW),
+    pytest.param("Qwen3-235B-A22B", 4096, id="Qwen3-235B-A22B", marks=SLOW),
+    pytest.param("OLMoE", 4096, id="OLMoE", marks=SLOW),
+    pytest.param("JoyAI-LLM Flash", 4096, id="JoyAI-LLM Flash", marks=SLOW),
     pytest.param(QWEN, 5, id="Qwen3-30B-A3B decode"),
     pytest.param("gpt-oss-120b", 5, id="gpt-oss-120b decode"),
     pytest.param("DeepSeek-V3 routed", 1, id="DeepSeek-V3 decode of one token"),
