@@ -37,9 +37,9 @@ def store_kernel(start, first_row, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def weight_kernel(weight, out, matrix, row, column, HEIGHT: tl.constexpr, C: tl.constexpr):
-    tile = load_weight(weight, matrix, row, column, 2, 16, HEIGHT, 50, C)
-    place = tl.arange(0, 32)[:, None] * 64 + tl.arange(0, 64)[None, :]
+def weight_kernel(weight, out, expert, row, HEIGHT: tl.constexpr, C: tl.constexpr):
+    tile = load_weight(weight, expert, row, 0, 2, 16, HEIGHT, 50, False, C)
+    place = tl.arange(0, 64)[:, None] + tl.arange(0, 32)[None, :] * 64
     tl.store(out + place, tile)
 
 
@@ -64,7 +64,7 @@ def test_weights_past_height_and_width_are_zero_and_never_the_next_matrix():
     weight = torch.randn(6, 20, 50)
     out = torch.full((32, 64), torch.nan)
     spec = replace(PLAIN_SPEC, weight_tma=False, step=64)
-    weight_kernel[(1,)](weight, out, 2, 16, 0, HEIGHT=20, C=spec)
+    weight_kernel[(1,)](weight, out, 1, 16, HEIGHT=20, C=spec)
     expected = torch.zeros(2, 16, 64)
     expected[:, :4, :50] = weight[2:4, 16:]
     assert torch.equal(out.view(2, 16, 64), expected)
