@@ -104,7 +104,7 @@ def keep_best_groups(key, score, C: tl.constexpr):
             group_score = tl.where(group == g, group_score + best_score, group_score)
             own_key = tl.where(expert == best, _LEAST, own_key)
     group_key = tl.where(group < C.gate.num_groups, order_of(group_score), _LEAST)
-    kept = expert < 0
+    kept = key < _LEAST  # none
     for _ in range(C.gate.top_groups):
         best = best_of(group_key, group)
         kept = kept | (expert // C.group_size == best)

@@ -1,5 +1,6 @@
 """One expert: the kinds of feed-forward network that real models use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class ExpertKind:
 
 
 SWIGLU = ExpertKind()
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
     "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
