@@ -7,15 +7,17 @@ from torch import Tensor, nn
 
 from megakernel.layer import Experts
 
-# The flags of transformers' experts interface, with the only value this kernel computes.
-FLAGS = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
+# By class name of transformers' activations.
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
 }
-SILU_CLASSES = ("SiLU", "SiLUActivation")
+GPT_OSS_CLASS, GPT_OSS_ALPHA = "GptOssExperts", 1.702
 
 
 class MoELayer(NamedTuple):
@@ -54,32 +56,53 @@ def _walk(model: nn.Module) -> Iterator[MoELayer]:
 
 def why_refused(experts: Any) -> str | None:
     """Return the flag or property that the kernel can not compute, with its value, or None."""
-    for flag, computed in FLAGS.items():
-        value = getattr(experts, flag, computed)  # 5.17 has no has_post_expert_norm
-        if value != computed:
-            return f"{flag}={value}"
-    if type(experts)._apply_gate.__name__ != "_default_apply_gate":
+    if getattr(experts, "has_post_expert_norm", False):  # absent in 5.17
+        return "has_post_expert_norm=True"
+    if _is_gpt_oss(experts):
+        if experts.alpha != GPT_OSS_ALPHA:
+            return f"alpha={experts.alpha}"
+    elif type(experts)._apply_gate.__name__ != "_default_apply_gate":
         return "an _apply_gate of its own"
-    if type(experts.act_fn).__name__ not in SILU_CLASSES:
+    elif not experts.is_concatenated:
+        return "is_concatenated=False"
+    elif type(experts.act_fn).__name__ not in ACTIVATIONS:
         return f"act_fn={type(experts.act_fn).__name__}"
-    for name in ("gate_up_proj", "down_proj"):
+    for name in (_up_name(experts), "down_proj"):
         if not getattr(experts, name).is_floating_point():
             return f"{name} of {getattr(experts, name).dtype}"
     return None
+
+
+def _is_gpt_oss(experts: Any) -> bool:
+    return type(experts).__name__ == GPT_OSS_CLASS
+
+
+def _up_name(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def check_experts_module(experts: nn.Module) -> None:
     """Raise ValueError, naming the flag, for experts that the kernel can not compute."""
     if reason := why_refused(experts):
         raise ValueError(
-            f"experts must be plain gated SiLU experts, got {type(experts).__name__} with "
-            f"{reason}: keep transformers' 'grouped_mm' implementation for this model"
+            f"experts must be of a kind that the kernel computes, got {type(experts).__name__} "
+            f"with {reason}: keep transformers' 'grouped_mm' implementation for this model"
         )
 
 
 def read_experts(experts: Any) -> Experts:
     """Return the module's parameters as they are now: never a copy, so never a stale one."""
-    return Experts(local(experts.gate_up_proj), local(experts.down_proj))
+    up_name = _up_name(experts)
+    up, down = local(getattr(experts, up_name)), local(experts.down_proj)
+    if experts.is_transposed:
+        up, down = up.mT, down.mT
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    if experts.has_bias:
+        biases = local(getattr(experts, f"{up_name}_bias")), local(experts.down_proj_bias)
+    if _is_gpt_oss(experts):
+        return Experts(up, down, *biases, "clamped_swiglu", experts.limit, interleaved=True)
+    activation = ACTIVATIONS[type(experts.act_fn).__name__]
+    return Experts(up, down, *biases, activation, has_gate=experts.has_gate)
 
 
 def local(weight: Tensor) -> Tensor:

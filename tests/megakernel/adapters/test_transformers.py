@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from tests.megakernel.adapters.tiny import (
 from tests.support import assert_same_bits, relative_error
 
 LOGITS_TOLERANCE = 2e-5  # absolute, on logits of size 6
-FUSED = [QWEN3, QWEN2, MIXTRAL, OLMOE, DEEPSEEK_V3, GLM4]
+FUSED = [QWEN3, QWEN2, MIXTRAL, OLMOE, GPT_OSS, DEEPSEEK_V3, GLM4]
 
 
 def each(families: list[Family]) -> pytest.MarkDecorator:
@@ -82,7 +83,7 @@ def test_replayed_logits_are_the_live_ones(family: Family) -> None:
     assert_same_bits(actual=replayed, expected=live)
 
 
-@each([MIXTRAL, DEEPSEEK_V3, DOTS])
+@each([MIXTRAL, GPT_OSS, DEEPSEEK_V3, DOTS])
 def test_experts_implementation_agrees_with_eager(family: Family) -> None:
     model = use_megakernel(make(family), fuse_gate=False)
     assert model.get_experts_implementation() == {"": "megakernel"}
@@ -94,6 +95,54 @@ def test_experts_implementation_can_be_chosen_when_the_model_is_built() -> None:
     register_experts()
     model = make(OLMOE, "megakernel")
     assert float((run(model).logits - eager(OLMOE).logits).abs().max()) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("activation", "flags"),
+    [
+        ("gelu", {}),
+        ("gelu_pytorch_tanh", {"is_transposed": True}),
+        ("relu", {"has_bias": True}),
+        ("relu2", {"has_gate": False}),
+        ("silu", {"has_gate": False, "has_bias": True, "is_transposed": True}),
+    ],
+)
+def test_other_kinds_of_experts_agree_with_transformers(activation: str, flags: dict) -> None:
+    """Against its ``batched_mm``, which computes every flag of the interface."""
+    experts = make_experts(activation, flags)
+    routing = torch.rand(9, 5).topk(2)
+    hidden = torch.randn(9, 48)
+    register_experts()
+    with torch.no_grad():
+        expected = experts(hidden, routing.indices, routing.values)
+        experts.config._experts_implementation = "megakernel"
+        actual = experts(hidden, routing.indices, routing.values)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=LOGITS_TOLERANCE)
+
+
+def make_experts(activation: str, flags: dict) -> nn.Module:
+    """Build experts of the interface with some flags: H = 48, I = 32, E = 5."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import use_experts_implementation
+
+    class AnyExperts(nn.Module):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = 5, ACT2FN[activation]
+
+        def forward(self, *_: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    config = SimpleNamespace(_experts_implementation="batched_mm")
+    experts = use_experts_implementation(**flags)(AnyExperts)(config)
+    name, rows = ("gate_up_proj", 64) if experts.has_gate else ("up_proj", 32)
+    for weight, shape in ((name, (5, rows, 48)), ("down_proj", (5, 48, 32))):
+        if experts.is_transposed:
+            shape = (shape[0], shape[2], shape[1])
+        bias = (5, rows if weight == name else 48)
+        experts.register_parameter(weight, nn.Parameter(torch.randn(shape) * 0.15))
+        experts.register_parameter(f"{weight}_bias", nn.Parameter(torch.randn(bias)))
+    return experts
 
 
 def test_experts_of_other_ranks_are_left_out() -> None:
@@ -160,7 +209,8 @@ def inputs_of_blocks(model: nn.Module) -> list[torch.Tensor]:
 
 def outputs_of(model: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [block(x) for block, x in zip(blocks_of(model), inputs, strict=True)]
+        outputs = [block(x) for block, x in zip(blocks_of(model), inputs, strict=True)]
+    return [y[0] if isinstance(y, tuple) else y for y in outputs]  # gpt-oss adds its weights
 
 
 @each([QWEN2, GLM4])
@@ -374,17 +424,10 @@ def test_a_quantised_model_is_refused() -> None:
         use_megakernel(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("has_gate", False),
-        ("has_bias", True),
-        ("is_transposed", True),
-        ("is_concatenated", False),
-        ("has_post_expert_norm", True),
-    ],
-)
 @pytest.mark.parametrize("fuse_gate", [True, False], ids=["fused", "experts"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("has_post_expert_norm", True), ("is_concatenated", False)]
+)
 def test_experts_are_refused_by_flag(name: str, value: bool, fuse_gate: bool) -> None:
     model = make(MIXTRAL)
     setattr(experts_of(model)[1], name, value)
@@ -394,11 +437,19 @@ def test_experts_are_refused_by_flag(name: str, value: bool, fuse_gate: bool) ->
     assert model.get_experts_implementation() == {"": "eager"}
 
 
+def test_refused_experts_do_not_run_when_chosen_by_name() -> None:
+    register_experts()
+    model = make(MIXTRAL, "megakernel")
+    experts_of(model)[0].has_post_expert_norm = True
+    with pytest.raises(ValueError, match="MixtralExperts with has_post_expert_norm=True"):
+        run(model)
+
+
 def test_other_activations_gates_and_dtypes_are_refused() -> None:
     experts = experts_of(make(MIXTRAL))[0]
     assert why_refused(experts) is None
-    experts.act_fn = nn.GELU()
-    assert why_refused(experts) == "act_fn=GELU"
+    experts.act_fn = nn.Mish()
+    assert why_refused(experts) == "act_fn=Mish"
     experts.act_fn = nn.SiLU()
     experts.down_proj = nn.Parameter(torch.zeros(5, 56, 40, dtype=torch.int8), requires_grad=False)
     assert why_refused(experts) == "down_proj of torch.int8"
@@ -407,9 +458,11 @@ def test_other_activations_gates_and_dtypes_are_refused() -> None:
     assert why_refused(experts) == "an _apply_gate of its own"
 
 
-def test_gpt_oss_is_refused_by_flag() -> None:
-    with pytest.raises(ValueError, match="GptOssExperts with has_bias=True"):
-        use_megakernel(make(GPT_OSS))
+def test_gpt_oss_with_another_alpha_is_refused() -> None:
+    model = make(GPT_OSS)
+    experts_of(model)[0].alpha = 1.5
+    with pytest.raises(ValueError, match=r"GptOssExperts with alpha=1\.5"):
+        use_megakernel(model)
 
 
 def test_noise_in_training_is_refused() -> None:
