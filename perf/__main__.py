@@ -17,7 +17,7 @@ MODULE_OF_COMMAND = {
     "compare": "perf.compare",
     "report": "perf.report",
     "tune": "perf.tune",
-    "simulate": "perf.simulate",
+    "simulate": "perf.simulate_command",
 }
 
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,9 +27,10 @@ from perf.record import Row
 from perf.roofline import ASSUMED_H200
 from perf.simulate import LABEL, Prediction, predict
 
-# Okabe and Ito's palette, and a marker each, so that no meaning rests on colour alone.
+# Okabe and Ito's palette, with more markers than colours, so that no two providers look alike and
+# no meaning rests on colour alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>p"
 COLOUR_OF_TASK = dict(zip(NAMES, COLOURS[5::-1], strict=True))
 TIMELINE_WORKERS = 24
 
@@ -85,12 +87,19 @@ def plot_latency(rows: Sequence[Row], path: Path) -> Path:
 
 def draw_line(axis: Axes, line: Sequence[Row], place: int, label: str) -> None:
     """Draw one provider's medians and band."""
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
     counts = [row.T for row in line]
-    axis.plot(counts, [row.median for row in line], color=colour, marker=marker, label=label)
-    axis.fill_between(
-        counts, [row.p20 for row in line], [row.p80 for row in line], color=colour, alpha=0.2
-    )
+    axis.plot(counts, [row.median for row in line], label=label, **style_of(place))
+    low, high = [row.p20 for row in line], [row.p80 for row in line]
+    axis.fill_between(counts, low, high, color=style_of(place)["color"], alpha=0.2)
+
+
+def style_of(place: int) -> dict[str, Any]:
+    """Return colour and marker of the provider at a place of the list; later ones are dashed."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": "-" if place < len(COLOURS) else "--",
+    }
 
 
 def plot_roofline(rows: Sequence[Row], mode: str, path: Path) -> Path:
@@ -105,7 +114,7 @@ def plot_roofline(rows: Sequence[Row], mode: str, path: Path) -> Path:
         intensity = [row.median * 1e3 / traffic_of[row.key[:5]].median for row in dots]
         axis.scatter(
             intensity, [row.median for row in dots], s=22, label=provider,
-            color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)],
+            color=style_of(place)["color"], marker=style_of(place)["marker"],
         )  # fmt: skip
     draw_roofs(axis, rows)
     axis.set(xlabel="useful FLOP per byte", ylabel="useful TFLOP/s", xscale="log", yscale="log")
@@ -139,10 +148,7 @@ def plot_skew(rows: Sequence[Row], path: Path) -> Path:
                 dots[f"{model}/{name}"].median for name in names if f"{model}/{name}" in dots
             ]
             places = [i for i, name in enumerate(names) if f"{model}/{name}" in dots]
-            axis.plot(
-                places, heights, label=provider, color=COLOURS[place % len(COLOURS)],
-                marker=MARKERS[place % len(MARKERS)],
-            )  # fmt: skip
+            axis.plot(places, heights, label=provider, **style_of(place))
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
         axis.set(title=model, ylabel="time / time when balanced")
@@ -244,7 +250,8 @@ def format_table(title: str, rows: Sequence[Row]) -> str:
 def provenance_line(rows: Sequence[Row]) -> str:
     """Say where rows come from."""
     row = rows[0]
-    return f"{row.gpu}, torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+    gpu = "no GPU" if row.gpu == "none" else row.gpu
+    return f"{gpu}, torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
 
 
 def unique(values) -> list:  # type: ignore[no-untyped-def]

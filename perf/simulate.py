@@ -4,25 +4,19 @@ Nothing here is measured. Workers claim ids in order, wait for the tasks a task 
 at the cost of ``perf.costs``; the order and the waits are the kernel's own (megakernel.schedule).
 """
 
-import argparse
 import heapq
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megakernel.compile_check import ROUTE_OF_MODE, CompileCase
-from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.compile_check import CompileCase
+from megakernel.config import KernelConfig
 from megakernel.models import ModelShape
 from megakernel.schedule import NAMES, Schedule, Task, bound_tiles
 from megakernel.spec import KernelSpec
-from perf.cases import SCENARIOS, SHAPES, Case, make_loads
-from perf.costs import H200, Machine, MeasuredCosts, RooflineCosts, Tiles
-from perf.roofline import useful_work
+from perf.costs import H200, Machine, RooflineCosts, Tiles
 
 TaskCosts = Callable[[Sequence[Task]], np.ndarray]
 LABEL = "PREDICTED by a model of the queue, not measured"
@@ -226,87 +220,6 @@ def search_configs(
     return sorted(((us, config) for config, us in predicted_us.items()), key=lambda one: one[0])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
-    parser.add_argument("--mode", choices=ROUTE_OF_MODE, default="live")
-    parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=N", help="change fields of the config"
-    )
-    parser.add_argument(
-        "--search", type=int, metavar="N", help="search better configs, print the best N"
-    )
-    parser.add_argument(
-        "--costs", type=Path, help="JSON with measured microseconds of each kind of task"
-    )
-    parser.add_argument("--plot", type=Path, help="draw who does what when")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print a prediction, or a ranking."""
-    case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
-    try:
-        load_E = make_loads(case)
-        config = choose_config(arguments, case)
-    except ValueError as error:
-        print(f"perf simulate: {error}", file=sys.stderr)
-        return 2
-    print(f"{LABEL}\n{case.name}, T = {case.num_tokens}, {arguments.mode}, {H200.roofs.source}")
-    if arguments.search:
-        ranked = search_configs(config, case.model, case.num_tokens, load_E, arguments.mode)
-        for predicted_us, one in ranked[: arguments.search]:
-            print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
-        return 0
-    launch = make_launch(case.model, case.num_tokens, load_E, config, arguments.mode)
-    prediction = simulate(launch, choose_costs(arguments.costs, launch, case))
-    print(f"config: {describe(config)}")
-    print(format_prediction(prediction, case, load_E))
-    if arguments.plot:
-        from perf.report import plot_timeline
-
-        plot_timeline(prediction, f"{case.name}, T = {case.num_tokens}", arguments.plot)
-        print(f"wrote {arguments.plot}")
-    return 0
-
-
-def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
-    """Return the named or default config with the changes of --set."""
-    name = arguments.config or default_height(case.num_assignments, case.model.num_experts)
-    changes = {}
-    for change in arguments.set:
-        field, _, value = change.partition("=")
-        if field not in SHOWN_FIELDS or not value.isdigit():
-            raise ValueError(
-                f"--set must be FIELD=N with a field of {', '.join(SHOWN_FIELDS)}, got {change!r}"
-            )
-        changes[field] = int(value)
-    return replace(SHIPPED[name], **changes)
-
-
-def choose_costs(path: Path | None, launch: Launch, case: Case) -> TaskCosts:
-    """Return roofline costs, or those of a file."""
-    if path is None:
-        spec = launch.schedule.spec
-        return RooflineCosts(spec, case.num_tokens, launch.tiles, launch.num_workers)
-    return MeasuredCosts(json.loads(path.read_text()), launch.tiles)
-
-
 def describe(config: KernelConfig) -> str:
     """Name the fields that shape a launch's time."""
     return " ".join(f"{name}={getattr(config, name)}" for name in SHOWN_FIELDS)
-
-
-def format_prediction(prediction: Prediction, case: Case, load_E: np.ndarray) -> str:
-    """Say what is predicted, with the share of each kind of task."""
-    work = useful_work(case.model, case.num_tokens, load_E)
-    tflops = work.flops / prediction.launch_us * 1e-6
-    bound_us = H200.roofs.least_us(work)
-    lines = [
-        f"predicted: {prediction.launch_us:.0f} us, {tflops:.0f} TFLOP/s, "
-        f"{bound_us / prediction.launch_us:.0%} of the roofline ({bound_us:.0f} us)",
-        f"predicted worker time in tasks: {prediction.busy_share:.0%}; per worker, in us:",
-        "  ".join(f"{name} {us:.0f}" for name, us in prediction.us_of_kind().items()),
-    ]
-    return "\n".join(lines)

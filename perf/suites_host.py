@@ -147,6 +147,7 @@ def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]
     one_worker = replace(shipped, workers_per_sm=1, column_groups=1)
     two_workers = replace(one_worker, workers_per_sm=2)
     grouped = replace(two_workers, column_groups=4)
+    wide = replace(grouped, block_i=128, block_h=256, num_warps=8, workers_per_sm=1)
     short = tuple(h for h in (16, 32, 64, 128) if h <= shipped.block_rows)
     return {
         "0 one worker per SM, one column group": (one_worker, "live", ()),
@@ -154,4 +155,5 @@ def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]
         "2 four column groups": (grouped, "live", ()),
         "3 replay": (grouped, "replay", ()),
         "4 tail tiles of fitting height": (grouped, "replay", short),
+        "5 128 x 256 tiles, one worker per SM": (wide, "replay", short),
     }

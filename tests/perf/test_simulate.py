@@ -1,7 +1,5 @@
 """The simulated queue obeys the kernel's waits, and its arithmetic can be checked by hand."""
 
-import argparse
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +9,9 @@ from hypothesis import strategies as st
 
 from megakernel.config import SHIPPED, KernelConfig, why_illegal
 from megakernel.schedule import NAMES
-from perf.__main__ import main
 from perf.cases import SHAPES, TINY, Case, make_loads
 from perf.costs import H200, MeasuredCosts
 from perf.simulate import (
-    LABEL,
     make_launch,
     make_tiles,
     neighbours,
@@ -118,43 +114,3 @@ def test_the_search_tries_legal_configs_and_never_ends_worse():
     assert predicted_us == sorted(predicted_us)
     assert SHIPPED["tall"] in [config for _, config in ranked]
     assert all(why_illegal(config) is None for config in neighbours(SHIPPED["tall"]))
-
-
-def test_the_command_labels_its_figures_and_draws(tmp_path, capsys):
-    picture = tmp_path / "t.png"
-    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--set", "num_workers=3"]
-    assert main([*argv, "--plot", str(picture)]) == 0
-    out = capsys.readouterr().out
-    assert LABEL in out and "predicted: " in out and "num_workers=3" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_takes_measured_costs_and_searches(tmp_path, capsys):
-    costs = tmp_path / "costs.json"
-    costs.write_text(json.dumps(dict.fromkeys(NAMES, 3.0)))
-    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--mode", "replay"]
-    assert main([*argv, "--costs", str(costs)]) == 0
-    assert main([*argv, "--search", "2"]) == 0
-    assert capsys.readouterr().out.count(" us predicted") == 2
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--set", "colour=3"], "--set must be FIELD=N"),
-        (["--set", "block_rows=7"], "block_rows must be a power of two"),
-        (["--scenario", "gpt-oss"], "the trace is of 32 experts"),
-    ],
-    ids=["unknown-field", "illegal-value", "no-such-trace"],
-)
-def test_bad_arguments_end_with_a_reason(argv, words, capsys):
-    assert main(["simulate", "--model", "tiny", "--tokens", "8", *argv]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_arguments_have_defaults():
-    from perf.simulate import add_arguments
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert parser.parse_args([]).tokens == 8192

@@ -58,5 +58,5 @@ def test_predicted_rows_say_so():
 
 def test_each_step_of_the_plan_changes_one_thing():
     steps = list(speed_plan(Case(SHAPES["OLMoE"], 8192, "recorded")).values())
-    for step, next_step in pairwise(steps):
+    for step, next_step in pairwise(steps):  # config, mode, heights
         assert sum(one != other for one, other in zip(step, next_step, strict=True)) == 1

@@ -1,0 +1,121 @@
+"""Predict the time of a launch for a config and a routing, or search better configs.
+
+Nothing is measured: the figures come from a model of the queue and of the machine.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from megakernel.compile_check import ROUTE_OF_MODE
+from megakernel.config import SHIPPED, KernelConfig, default_height
+from perf.cases import SCENARIOS, SHAPES, Case, make_loads
+from perf.costs import H200, Machine, MeasuredCosts, RooflineCosts
+from perf.report import plot_timeline
+from perf.roofline import useful_work
+from perf.simulate import (
+    LABEL,
+    Launch,
+    Prediction,
+    TaskCosts,
+    describe,
+    make_launch,
+    search_configs,
+    simulate,
+)
+
+SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name != "max_polls")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
+    parser.add_argument("--mode", choices=ROUTE_OF_MODE, default="live")
+    parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=N", help="change the config"
+    )
+    parser.add_argument("--search", type=int, metavar="N", help="print the best N of a search")
+    parser.add_argument("--l2", type=float, metavar="TB/s", help="assume this rate of L2 reads")
+    parser.add_argument("--costs", type=Path, help="JSON: measured us of each kind of task")
+    parser.add_argument("--plot", type=Path, help="draw who does what when")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a prediction, or a ranking."""
+    case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
+    try:
+        load_E = make_loads(case)
+        config = choose_config(arguments, case)
+    except ValueError as error:
+        print(f"perf simulate: {error}", file=sys.stderr)
+        return 2
+    machine = choose_machine(arguments.l2)
+    title = f"{case.name}, T = {case.num_tokens}, {arguments.mode}"
+    print(f"{LABEL}\n{title}, {machine.roofs.source}")
+    if arguments.search:
+        ranked = search_configs(
+            config, case.model, case.num_tokens, load_E, arguments.mode, machine
+        )
+        for predicted_us, one in ranked[: arguments.search]:
+            print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
+        return 0
+    launch = make_launch(case.model, case.num_tokens, load_E, config, arguments.mode, machine)
+    prediction = simulate(launch, choose_costs(arguments.costs, launch, machine), machine)
+    print(f"config: {describe(config)}")
+    print(format_prediction(prediction, case, load_E, machine))
+    if arguments.plot:
+        print(f"wrote {plot_timeline(prediction, title, arguments.plot)}")
+    return 0
+
+
+def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
+    """Return the named or default config with the changes of --set."""
+    name = arguments.config or default_height(case.num_assignments, case.model.num_experts)
+    changes = {}
+    for change in arguments.set:
+        field, _, value = change.partition("=")
+        if field not in SETTABLE or not value.isdigit():
+            raise ValueError(
+                f"--set must be FIELD=N with a field of {', '.join(SETTABLE)}, got {change!r}"
+            )
+        changes[field] = int(value)
+    return replace(SHIPPED[name], **changes)
+
+
+def choose_machine(l2_tbps: float | None) -> Machine:
+    """Return the assumed H200, with another rate of L2 reads if one is given."""
+    if l2_tbps is None:
+        return H200
+    return replace(H200, roofs=replace(H200.roofs, l2_bytes_per_s=l2_tbps * 1e12))
+
+
+def choose_costs(path: Path | None, launch: Launch, machine: Machine) -> TaskCosts:
+    """Return roofline costs, or those of a file."""
+    if path is not None:
+        return MeasuredCosts(json.loads(path.read_text()), launch.tiles)
+    schedule = launch.schedule
+    return RooflineCosts(
+        schedule.spec, schedule.num_tokens, launch.tiles, launch.num_workers, machine
+    )
+
+
+def format_prediction(
+    prediction: Prediction, case: Case, load_E: np.ndarray, machine: Machine
+) -> str:
+    """Say what is predicted, with the share of each kind of task."""
+    work = useful_work(case.model, case.num_tokens, load_E)
+    tflops = work.flops / prediction.launch_us * 1e-6
+    bound_us = machine.roofs.least_us(work)
+    lines = [
+        f"predicted: {prediction.launch_us:.0f} us, {tflops:.0f} TFLOP/s, "
+        f"{bound_us / prediction.launch_us:.0%} of the roofline ({bound_us:.0f} us)",
+        f"predicted worker time in tasks: {prediction.busy_share:.0%}; per worker, in us:",
+        "  ".join(f"{name} {us:.0f}" for name, us in prediction.us_of_kind().items()),
+    ]
+    return "\n".join(lines)
