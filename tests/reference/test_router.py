@@ -125,6 +125,12 @@ def test_route_is_logits_then_choice_then_weight() -> None:
     assert_close(routing.gate_TK, torch.tensor([[high, 1 - high], [0.5, 0.5]]))
 
 
+def test_the_choice_is_made_on_logits_where_their_softmax_would_tie() -> None:
+    routing = route(torch.ones(1, 1), torch.tensor([[1e-10], [2e-10]]), 1, renormalize=False)
+    assert routing.gate_TK.tolist() == [[0.5]]
+    assert routing.expert_of_TK.tolist() == [[1]]
+
+
 def test_route_without_ties_agrees_with_topk_and_softmax() -> None:
     x_TH, router_EH = torch.randn(50, 8), torch.randn(13, 8)
     routing = route(x_TH, router_EH, 4, renormalize=False)
