@@ -49,11 +49,12 @@ class FusedBlock(nn.Module):
                 f"router_jitter_noise must be 0 in training, got {self.jitter_noise}: the launch "
                 "adds no noise"
             )
+        router = family.router(gate)
         out = moe(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             local(gate.weight),
             read_experts(self.experts),
-            family.router(gate),
+            router,
             replay=state.replay,
             placement=state.placement if state.replay is None else None,
             config=state.config,
@@ -61,7 +62,7 @@ class FusedBlock(nn.Module):
         if state.recorded is not None:
             state.recorded.append((out.expert_of_TK, out.gate_TK))
         if gate._forward_hooks:  # transformers records router_logits by a hook on the gate
-            gate(routed=as_router_output(out, hidden_states, family.router(gate).score))
+            gate(routed=as_router_output(out, hidden_states, router.score))
         y = out.y_TH.view(hidden_states.shape)
         if family.shared is not None:
             y = y + family.shared(self, hidden_states)

@@ -74,11 +74,12 @@ FAMILIES = {
 }
 
 
-def family_of(block: object) -> Family:
+def family_of(block: Any) -> Family:
     """Return the family of a sparse block.
 
     Raises:
-        ValueError: naming the class of a block whose gate is not known here.
+        ValueError: naming the class of a block or gate that is not known here; for a module whose
+            ``forward`` was replaced, as hooks for offloading do, which a swap would not reach.
     """
     family = FAMILIES.get(type(block).__name__)
     if family is None:
@@ -86,4 +87,16 @@ def family_of(block: object) -> Family:
             f"fuse_gate must be False for {type(block).__name__}: only the gates of "
             f"{', '.join(FAMILIES)} are known"
         )
+    gate = getattr(block, family.gate)
+    if type(gate).__module__ != type(block).__module__:
+        raise ValueError(
+            f"fuse_gate must be False with a gate other than the model's own, "
+            f"got {type(gate).__name__}"
+        )
+    for module in (block, gate, block.experts):
+        if "forward" in vars(module):
+            raise ValueError(
+                f"fuse_gate must be False with a replaced forward, got one in "
+                f"{type(module).__name__}"
+            )
     return family

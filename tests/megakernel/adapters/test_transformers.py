@@ -279,6 +279,11 @@ def test_compiles_without_a_graph_break(fuse_gate: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_same_bits(actual=run(compiled).logits, expected=expected)
+    if fuse_gate:
+        with record_routing(model) as record:
+            run(compiled)
+        with replay_routing(model, record.ids_TLK):
+            assert_same_bits(actual=run(compiled).logits, expected=expected)
 
 
 # Recording and replay
@@ -415,6 +420,18 @@ def test_a_model_without_experts_is_refused() -> None:
 def test_an_unknown_gate_is_refused_by_its_block() -> None:
     with pytest.raises(ValueError, match="fuse_gate must be False for Dots1MoE"):
         use_megakernel(make(DOTS))
+
+
+def test_wrapped_gates_and_replaced_forwards_are_refused() -> None:
+    model = make(MIXTRAL)
+    block = model.model.layers[1].mlp
+    block.forward = block.forward  # as hooks that move weights between devices do
+    with pytest.raises(ValueError, match="replaced forward, got one in MixtralSparseMoeBlock"):
+        use_megakernel(model)
+    del block.forward
+    block.gate = nn.Linear(56, 5)
+    with pytest.raises(ValueError, match="other than the model's own, got Linear"):
+        use_megakernel(model)
 
 
 def test_a_quantised_model_is_refused() -> None:

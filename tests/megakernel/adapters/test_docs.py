@@ -1,0 +1,24 @@
+"""The pages of the adapters keep their word."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sources import ROOT
+from tests.test_docs import blocks, run_python
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUNNABLE = [page for page in PAGES if list(blocks("python", page.read_text()))]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    done = run_python(list(blocks("python", page.read_text())), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_adapter_has_a_page_that_says_what_was_tried() -> None:
+    adapters = {"transformers", "megatron", "torchtitan"}
+    pages = {page.stem: page.read_text() for page in PAGES}
+    assert adapters | {"serving"} <= set(pages)
+    assert {name for name in adapters if "**not tried, unmeasured**" not in pages[name]} == set()
