@@ -108,19 +108,24 @@ class Workspace:
         return made
 
     def _grow(self, arena_bytes: int, counter_words: int) -> None:
-        grows = arena_bytes > self.arena.numel()
-        if not grows and counter_words <= self.control.counters.numel():
+        if self.holds(arena_bytes, counter_words):
             return
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(NOT_WARM)
         # A captured graph still points at the memory it was captured with.
         self.outgrown += [self.arena, self.control.counters] if self.captured else []
-        if grows:
-            self.views.clear()
+        self.views.clear()
+        if is_capturing(self.device):
+            donor = take_warm(self.device, arena_bytes, counter_words)
+            self.arena, counters = donor.arena, donor.control.counters
+        else:
+            arena_bytes = max(arena_bytes, self.arena.numel())
+            counter_words = max(counter_words, self.control.counters.numel())
             self.arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self.device)
-        if counter_words > self.control.counters.numel():
             counters = torch.zeros(counter_words, dtype=torch.int32, device=self.device)
-            self.control = self.control._replace(counters=counters)
+        self.control = self.control._replace(counters=counters)
+
+    def holds(self, arena_bytes: int, counter_words: int) -> bool:
+        """Whether the memory is large enough."""
+        return arena_bytes <= self.arena.numel() and counter_words <= self.control.counters.numel()
 
     def reset(self) -> None:
         """Bring counters and error words back to what a launch must find."""
@@ -146,25 +151,39 @@ _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 def workspace_for(device: torch.device) -> Workspace:
     """Return the workspace of the current stream.
 
-    A CUDA graph keeps the workspace it was captured with: it takes over a warm one of the device,
-    so that capturing allocates and zeroes nothing, and eager calls make themselves a new one.
+    A CUDA graph keeps the memory it was captured with: it takes over what an eager call has
+    warmed, so that capturing allocates and zeroes nothing, and eager calls make themselves a new
+    workspace. Graphs captured on one stream share one, so replay them one after another.
 
     Raises:
         RuntimeError: if capturing starts before any call has warmed a workspace.
     """
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _workspaces.get((device, stream))
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    capturing = is_capturing(device)
     if found is None:
-        found = _take_warm(device) if capturing else Workspace(device)
+        found = take_warm(device, 0, 0) if capturing else Workspace(device)
         _workspaces[device, stream] = found
     found.captured |= capturing
     return found
 
 
-def _take_warm(device: torch.device) -> Workspace:
-    warm = [key for key, space in _workspaces.items() if key[0] == device and not space.captured]
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def take_warm(device: torch.device, arena_bytes: int, counter_words: int) -> Workspace:
+    """Remove and return the largest workspace of the device that no graph owns, if it is enough.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    warm = [
+        key
+        for key, space in _workspaces.items()
+        if key[0] == device and not space.captured and space.holds(arena_bytes, counter_words)
+    ]
     if not warm:
         raise RuntimeError(NOT_WARM)
     return _workspaces.pop(max(warm, key=lambda key: _workspaces[key].arena.numel()))

@@ -59,6 +59,24 @@ def test_memory_a_graph_was_captured_with_is_kept_when_the_workspace_grows():
     assert any(kept is arena for kept in workspace.outgrown)
 
 
+def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch):
+    """The device says it is capturing; everything else runs for real."""
+    captured, warm = Workspace(CPU), Workspace(CPU)
+    captured.scratch(PLAIN_SPEC, 10, 4, torch.half)
+    captured.captured, first_arena = True, captured.arena
+    warm.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    spaces = {(CPU, 1): captured, (CPU, 2): warm}
+    monkeypatch.setattr("megakernel.workspace._workspaces", spaces)
+    monkeypatch.setattr("megakernel.workspace.is_capturing", lambda device: True)
+    scratch = captured.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    assert captured.arena is warm.arena and captured.control.counters is warm.control.counters
+    assert any(kept is first_arena for kept in captured.outgrown)
+    assert scratch.h_CI.untyped_storage().data_ptr() == warm.arena.untyped_storage().data_ptr()
+    assert spaces == {(CPU, 1): captured}
+    with pytest.raises(RuntimeError, match="before capturing"):
+        captured.scratch(PLAIN_SPEC, 4000, 800, torch.half)
+
+
 @pytest.mark.parametrize(
     ("at", "words", "error", "message"),
     [
