@@ -10,7 +10,7 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 from megakernel.api import moe, moe_routed
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
-from megakernel.layer import Experts, MoEOutput, Router
+from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
 from megakernel.workspace import check
@@ -23,6 +23,7 @@ __all__ = [
     "Placement",
     "Replay",
     "Router",
+    "SharedExpert",
     "check",
     "moe",
     "moe_routed",

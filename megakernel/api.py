@@ -14,9 +14,16 @@ from megakernel.checks import (
     check_size,
 )
 from megakernel.config import KernelConfig, default_config
-from megakernel.kernel import Biases, Routing
-from megakernel.launch import NO_SLOTS, Layer, launch
-from megakernel.layer import Experts, MoEOutput, Router
+from megakernel.kernel import Biases, Routing, TokenGate
+from megakernel.launch import (
+    NO_SHARED,
+    NO_SLOTS,
+    NO_TOKEN_GATE,
+    Layer,
+    SharedWeights,
+    launch,
+)
+from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
 from megakernel.op import launch_op
 from megakernel.placement import Placement
 from megakernel.replay import Replay
@@ -140,13 +147,25 @@ def start(
         x_TH, router_EH, experts.gate_up_E2IH, experts.down_EHI, routing, slots,
         replay.rows if replay else None, y_TH,
         Biases(router.bias_E, router.correction_bias_E, *experts.biases), experts.rule,
+        *shared_arguments(experts.shared, x_TH),
         router.capacity or 0, router.random_second_seed or 0,
     )  # fmt: skip
     num_slots = placement.num_slots if placement else experts.num_experts
-    check_size(len(x_TH), routing.expert_of_TK.shape[1], num_slots, config)
+    check_size(len(x_TH), routing.expert_of_TK.shape[1], num_slots, experts, config)
     num_tiles = replay.num_tiles if replay else 0
     run = launch_op if torch.compiler.is_compiling() else launch
     run(layer, route, split, router.rule, num_tiles, config)
+
+
+def shared_arguments(shared: SharedExpert | None, x_TH: Tensor) -> tuple[SharedWeights, TokenGate]:
+    """Return the shared expert as the launch takes it."""
+    if shared is None:
+        return NO_SHARED, NO_TOKEN_GATE
+    weights = SharedWeights(shared.gate_JH, shared.up_JH, shared.down_HJ)
+    if shared.token_gate_1H is None:
+        return weights, NO_TOKEN_GATE
+    sigmoid_T = x_TH.new_empty(len(x_TH), dtype=torch.float32)
+    return weights, TokenGate(shared.token_gate_1H, sigmoid_T)
 
 
 def choose_config(

@@ -1,5 +1,7 @@
 """What a call is refused for, before any launch: argument, rule, value."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from triton._utils import TRITON_MAX_TENSOR_NUMEL
@@ -42,6 +44,11 @@ def check_call(x_TH: Tensor, experts: Experts) -> None:
         tensor = getattr(experts, name)
         if tensor is not None:
             check_no_grad(name, tensor)
+    if experts.shared is not None:
+        for field in fields(experts.shared):
+            tensor = getattr(experts.shared, field.name)
+            if tensor is not None:
+                check_no_grad(field.name, tensor)
 
 
 def check_placement(
@@ -148,7 +155,9 @@ def check_routing_tensors(
         check_device(name, tensor, x_TH)
 
 
-def check_size(num_tokens: int, top_k: int, num_slots: int, config: KernelConfig) -> None:
+def check_size(
+    num_tokens: int, top_k: int, num_slots: int, experts: Experts, config: KernelConfig
+) -> None:
     """Refuse calls whose row ids would not fit 32 bits, or whose tiles no interpreter holds."""
     columns = max(2 * config.block_i, config.block_h)
     elements = max(config.block_rows * columns, config.block_tokens * config.block_experts)
@@ -157,7 +166,11 @@ def check_size(num_tokens: int, top_k: int, num_slots: int, config: KernelConfig
             "config must keep rows · step · columns of a tile product within "
             f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}"
         )
-    num_rows = bound_tiles(num_tokens * top_k, num_slots, config.block_rows) * config.block_rows
+    num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)
+    if experts.shared is not None:
+        num_slices = -(-len(experts.shared.up_JH) // experts.down_EHI.shape[2])
+        num_tiles += num_slices * -(-num_tokens // config.block_rows)
+    num_rows = num_tiles * config.block_rows
     if num_rows > MAX_ROWS:
         raise ValueError(
             f"x_TH must have so few tokens that T·K padded rows stay below 2^31, got {num_rows}"

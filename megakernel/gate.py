@@ -165,16 +165,38 @@ def drop_random_second(ids, gate, token, seed, C: tl.constexpr):
 
 
 @triton.jit
+def store_token_gate(x_TH, token_gate, first_token, num_tokens, C: tl.constexpr):
+    """Write the shared expert's weight, sigmoid(token_gate · x), for one token tile."""
+    token = first_token + tl.arange(0, C.block_tokens)
+    x_row = x_TH + token.to(tl.int64) * C.hidden
+    total = tl.full(C.tokens_row, 0.0, tl.float32)
+    for first_column in range(0, C.hidden, C.step):
+        column = first_column + tl.arange(0, C.step)
+        inside = column < C.hidden
+        x = tl.load(
+            x_row[:, None] + column[None, :],
+            mask=(token < num_tokens)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        gate = tl.load(token_gate.weight_1H + column, mask=inside, other=0.0)
+        total += tl.sum(x.to(tl.float32) * gate.to(tl.float32)[None, :], 1)
+    tl.store(token_gate.sigmoid_T + token, sigmoid(total), mask=token < num_tokens)
+
+
+@triton.jit
 def gate_tile(
-    tile, x_TH, router_EH, biases, routing, slots, rows, control, num_tokens, seed,
+    tile, x_TH, router_EH, biases, token_gate, routing, slots, rows, control, num_tokens, seed,
     C: tl.constexpr,
 ):  # fmt: skip
     """Route one token tile: logits, ids, weights, ranks within the tile, counts per bin.
 
-    Reads: x_TH, router_EH, biases; ids where they are given. Writes: logits_TE, expert_of_TK,
-    gate_TK, rank_TK and one row of base_GB, as far as the route leaves them open.
+    Reads: x_TH, router_EH, biases, token_gate; ids where they are given. Writes: logits_TE,
+    expert_of_TK, gate_TK, rank_TK and one row of base_GB, as far as the route leaves them open;
+    the shared expert's weights.
     """
     first_token = tile * C.block_tokens
+    if token_gate.weight_1H is not None:
+        store_token_gate(x_TH, token_gate, first_token, num_tokens, C)
     if C.route != "given":
         store_logits(
             x_TH, router_EH, biases.router_E, routing.logits_TE, first_token, num_tokens, C

@@ -10,7 +10,8 @@ from megakernel.dispatch import prefix_bins, scatter_tile
 from megakernel.gate import gate_tile
 from megakernel.queue import claim, leave, signal, wait
 from megakernel.schedule import phase_of, tail_of, tile_of
-from megakernel.tiles import combine_tile, ffn1_tile, ffn2_tile
+from megakernel.shared import ffn1_of, ffn2_of, routed_rows, routed_tiles, scatters_before
+from megakernel.tiles import combine_tile
 
 
 class Routing(NamedTuple):
@@ -30,6 +31,13 @@ class Biases(NamedTuple):
     correction_E: Tensor | None = None  # to the scores, for choosing only
     gate_up_E2I: Tensor | None = None  # to the sums of FFN1
     down_EH: Tensor | None = None  # to the sums of FFN2
+
+
+class TokenGate(NamedTuple):
+    """What weighs the shared expert; None where the weight is 1."""
+
+    weight_1H: Tensor | None = None
+    sigmoid_T: Tensor | None = None  # fp32 scratch, written by the gate tasks
 
 
 class Slots(NamedTuple):
@@ -68,14 +76,15 @@ class Control(NamedTuple):
     ]
 )  # fmt: skip
 def moe_kernel(
-    x_TH, router_EH, gate_up, down, biases, routing, slots, rows,
-    h_CI, y_CH, y_TH, control,
+    x_TH, router_EH, gate_up, down, biases, shared_gate, shared_up, shared_down, token_gate,
+    routing, slots, rows, h_CI, y_CH, y_TH, control,
     num_tokens, num_tiles, capacity, seed, schedule_id, num_workers, max_polls, C: tl.constexpr,
 ):  # fmt: skip
     """Run the layer's task list.
 
     Grid: (num_workers,), any number; a program claims tasks until none is left.
-    Reads: x_TH, router_EH, biases, gate_up and down (pointers, or descriptors when C.weight_tma).
+    Reads: x_TH, router_EH, biases, token_gate, and the weights of the experts (pointers, or
+    descriptors when C.weight_tma).
     Writes: y_TH, the outputs in ``routing``, and scratch.
     Order: see schedule.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
@@ -101,26 +110,34 @@ def moe_kernel(
                     ready &= wait(control, C.GATE_DONE, token_tiles, task, max_polls, C)
                 if ready:
                     combine_tile(
-                        index, group, routing.gate_TK, rows.row_of_TK, y_CH, y_TH, num_tokens, C
-                    )
+                        index, group, routing.gate_TK, rows.row_of_TK,
+                        routed_rows(y_CH, num_tokens, C.hidden, C), y_TH, num_tokens, C,
+                        y_CH, token_gate.sigmoid_T,
+                    )  # fmt: skip
             else:
                 tile, block = tile_of(index, num_tiles, C.group_blocks, C.tile_group)
                 counter = C.first_tile_counter + tile
                 if wait(control, counter, C.i_blocks, task, max_polls, C):
                     block += group * C.group_blocks
-                    ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C)
+                    ffn2_of(
+                        tile, block, down, biases, shared_down, rows, h_CI, y_CH, num_tokens, C
+                    )
                     signal(control, C.FIRST_GROUP + group, C)
         elif kind == C.FFN1:
             tile, block = tile_of(index, num_tiles, C.i_blocks, C.tile_group)
             ready = task >= 0
             if not C.replay:
-                ready = wait(control, C.SCATTER_DONE, token_tiles, task, max_polls, C)
+                target = scatters_before(tile, token_tiles, num_tokens, C)
+                ready = wait(control, C.SCATTER_DONE, target, task, max_polls, C)
             if ready:
-                ffn1_tile(tile, block, x_TH, gate_up, biases, rows, h_CI, C)
+                ffn1_of(
+                    tile, block, x_TH, gate_up, biases, shared_gate, shared_up, rows, h_CI,
+                    num_tokens, C,
+                )  # fmt: skip
                 signal(control, C.first_tile_counter + tile, C)
         elif kind == C.GATE:
             gate_tile(
-                index, x_TH, router_EH, biases, routing, slots, rows, control,
+                index, x_TH, router_EH, biases, token_gate, routing, slots, rows, control,
                 num_tokens, seed, C,
             )  # fmt: skip
             signal(control, C.GATE_DONE, C)
@@ -130,7 +147,10 @@ def moe_kernel(
                     prefix_bins(index, rows, num_tokens, C)
                     signal(control, C.PREFIX_DONE, C)
             elif wait(control, C.PREFIX_DONE, C.prefix_blocks, task, max_polls, C):
-                scatter_tile(index, routing, slots, rows, num_tokens, num_tiles, capacity, C)
+                scatter_tile(
+                    index, routing, slots, rows, num_tokens,
+                    routed_tiles(num_tiles, num_tokens, C), capacity, C,
+                )  # fmt: skip
                 signal(control, C.SCATTER_DONE, C)
         task = claim(control, C)
     leave(control, num_workers, C.first_tile_counter + num_tiles, schedule_id, C)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,17 +10,29 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megakernel.config import KernelConfig, resolve_polls, resolve_workers
-from megakernel.kernel import Biases, Routing, Rows, Slots, moe_kernel
+from megakernel.kernel import Biases, Routing, Rows, Slots, TokenGate, moe_kernel
 from megakernel.replay import check_distinct_ids, check_slots
 from megakernel.rules import ExpertRule, GateRule
 from megakernel.schedule import bound_tiles
 from megakernel.spec import KernelSpec
-from megakernel.workspace import Workspace, workspace_for
+from megakernel.workspace import Workspace, is_capturing, workspace_for
 
 INTERPRETED = isinstance(moe_kernel, InterpretedFunction)
 NO_SLOTS = Slots(None, None, None, None)
 NO_BIASES = Biases()
 SWIGLU = ExpertRule()
+
+
+class SharedWeights(NamedTuple):
+    """The shared expert; None where there is none, or no gate."""
+
+    gate_JH: Tensor | None = None
+    up_JH: Tensor | None = None
+    down_HJ: Tensor | None = None
+
+
+NO_SHARED = SharedWeights()
+NO_TOKEN_GATE = TokenGate()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +49,8 @@ class Layer:
     y_TH: Tensor
     biases: Biases = NO_BIASES
     expert_rule: ExpertRule = SWIGLU
+    shared: SharedWeights = NO_SHARED
+    token_gate: TokenGate = NO_TOKEN_GATE
     capacity: int = 0
     seed: int = 0
 
@@ -57,6 +72,7 @@ def make_spec(
         max_copies=1 if slots.slots_of_EV is None else slots.slots_of_EV.shape[1],
         hidden=hidden,
         intermediate=intermediate,
+        shared_width=0 if layer.shared.up_JH is None else len(layer.shared.up_JH),
         block_rows=config.block_rows,
         block_i=config.block_i,
         block_h=config.block_h,
@@ -69,7 +85,8 @@ def make_spec(
         tile_group=config.tile_group,
         num_stages=config.num_stages,
         weight_tma=fits_tma(layer.gate_up_E2IH, rule.stacked, rule.gate_up_transposed)
-        and fits_tma(layer.down_EHI, 1, rule.down_transposed),
+        and fits_tma(layer.down_EHI, 1, rule.down_transposed)
+        and all(fits_tma(weight[None], 1, False) for weight in layer.shared if weight is not None),
         interpreted=INTERPRETED,
     )
 
@@ -111,6 +128,17 @@ def tiled(
     )
 
 
+def tiled_shared(
+    shared: SharedWeights, spec: KernelSpec
+) -> list[Tensor | TensorDescriptor | None]:
+    """Return the three weights of the shared expert as the kernel takes them."""
+    heights = (spec.block_i, spec.block_i, spec.block_h)
+    return [
+        None if weight is None else tiled(weight[None], 1, height, False, spec)
+        for weight, height in zip(shared, heights, strict=True)
+    ]
+
+
 def launch(
     layer: Layer, route: str, split: str, gate: GateRule, num_tiles: int, config: KernelConfig
 ) -> None:
@@ -121,7 +149,7 @@ def launch(
         route: see KernelSpec.
         split: see KernelSpec.
         gate: how logits become choices and weights.
-        num_tiles: row tiles of a replay; ignored otherwise.
+        num_tiles: row tiles of a replay, without those of the shared expert; ignored otherwise.
         config: how to cut the work.
 
     Raises:
@@ -132,10 +160,11 @@ def launch(
     num_tokens = len(layer.x_TH)
     if route != "replay":
         num_tiles = bound_tiles(num_tokens * spec.top_k, spec.num_slots, spec.block_rows)
+    num_tiles += spec.num_slices * -(-num_tokens // spec.block_rows)
     if device.type == "cpu" and route == "given":
         check_values(layer)
     workspace = workspace_for(device)
-    if not (workspace.captured and torch.cuda.is_current_stream_capturing()):
+    if not is_capturing(device):
         workspace.raise_errors()
     num_workers = resolve_workers(config, device)
     arguments = kernel_arguments(layer, spec, num_tiles, workspace)
@@ -174,6 +203,8 @@ def kernel_arguments(
         tiled(layer.gate_up_E2IH, rule.stacked, spec.gate_up_block, rule.gate_up_transposed, spec),
         tiled(layer.down_EHI, 1, spec.block_h, rule.down_transposed, spec),
         layer.biases,
+        *(tiled_shared(layer.shared, spec)),
+        layer.token_gate,
         layer.routing,
         layer.slots,
         layer.replay_rows if spec.replay else scratch.rows,

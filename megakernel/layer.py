@@ -21,6 +21,48 @@ MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """The expert that serves every token beside the routed ones, of its own width J.
+
+    It has the activation of the routed experts. Inside the launch it is cut into slices as wide as
+    they are.
+
+    Attributes:
+        gate_JH: [J, H], contiguous; None if the routed experts have no gate.
+        up_JH: [J, H], contiguous.
+        down_HJ: [H, J], contiguous.
+        token_gate_1H: [1, H]; weighs the expert with sigmoid(token_gate · x), as Qwen2-MoE does.
+            None for weight 1.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+
+    gate_JH: Tensor | None
+    up_JH: Tensor
+    down_HJ: Tensor
+    token_gate_1H: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the tensors belong together."""
+        check_tensor("up_JH", self.up_JH, 2)
+        width, hidden = self.up_JH.shape
+        if width < 1:
+            raise ValueError(f"up_JH must not be empty, got {tuple(self.up_JH.shape)}")
+        shapes = {
+            "gate_JH": (width, hidden),
+            "down_HJ": (hidden, width),
+            "token_gate_1H": (1, hidden),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                check_tensor(name, tensor, 2)
+                check_shape(name, tensor, shape)
+                check_like(name, tensor, "up_JH", self.up_JH)
+
+
+@dataclass(frozen=True, eq=False)
 class Experts:
     """Weights of all experts, read in place, in the layout of Hugging Face transformers.
 
@@ -51,6 +93,7 @@ class Experts:
         limit: used by "clamped_swiglu".
         has_gate: whether there are gate rows.
         interleaved: whether gate and up rows alternate, gate row first.
+        shared: the expert that serves every token, if there is one.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -64,6 +107,7 @@ class Experts:
     limit: float = 7.0
     has_gate: bool = True
     interleaved: bool = False
+    shared: SharedExpert | None = None
 
     def __post_init__(self) -> None:
         """Check that the tensors belong together."""
@@ -82,6 +126,18 @@ class Experts:
         check_like("gate_up_E2IH", self.gate_up_E2IH, "down_EHI", self.down_EHI)
         check_bias("gate_up_bias_E2I", self.gate_up_bias_E2I, (num_experts, rows), self.down_EHI)
         check_bias("down_bias_EH", self.down_bias_EH, (num_experts, hidden), self.down_EHI)
+
+        if self.shared is not None:
+            self._check_shared(self.shared)
+
+    def _check_shared(self, shared: SharedExpert) -> None:
+        if (shared.gate_JH is not None) != self.has_gate:
+            raise ValueError(
+                f"gate_JH must be given exactly if has_gate, which is {self.has_gate}, "
+                f"got {shared.gate_JH if shared.gate_JH is None else tuple(shared.gate_JH.shape)}"
+            )
+        check_shape("up_JH", shared.up_JH, (len(shared.up_JH), self.down_EHI.shape[1]))
+        check_like("up_JH", shared.up_JH, "down_EHI", self.down_EHI)
 
     def _check_kind(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from megakernel.config import KernelConfig
-from megakernel.kernel import Biases, Routing, Rows, Slots
-from megakernel.launch import NO_SLOTS, Layer, launch
+from megakernel.kernel import Biases, Routing, Rows, Slots, TokenGate
+from megakernel.launch import NO_SLOTS, Layer, SharedWeights, launch
 from megakernel.rules import ExpertRule, GateRule
 
 
 @torch.library.custom_op(
     "megakernel::launch",
-    mutates_args=("y_TH", "expert_out_TK", "gate_out_TK", "logits_TE", "load_E"),
+    mutates_args=("y_TH", "expert_out_TK", "gate_out_TK", "logits_TE", "load_E", "sigmoid_T"),
 )
 def _launch(
     x_TH: Tensor,
@@ -22,6 +22,11 @@ def _launch(
     correction_bias_E: Tensor | None,
     gate_up_bias_E2I: Tensor | None,
     down_bias_EH: Tensor | None,
+    shared_gate_JH: Tensor | None,
+    shared_up_JH: Tensor | None,
+    shared_down_HJ: Tensor | None,
+    token_gate_1H: Tensor | None,
+    sigmoid_T: Tensor | None,
     expert_TK: Tensor | None,
     gate_TK: Tensor | None,
     slot_TK: Tensor | None,
@@ -50,7 +55,8 @@ def _launch(
         Slots(*slots) if slots else NO_SLOTS,
         Rows(None, None, None, None, *replay_rows) if replay_rows else None,
         y_TH, Biases(router_bias_E, correction_bias_E, gate_up_bias_E2I, down_bias_EH),
-        ExpertRule.decode(expert), capacity, seed,
+        ExpertRule.decode(expert), SharedWeights(shared_gate_JH, shared_up_JH, shared_down_HJ),
+        TokenGate(token_gate_1H, sigmoid_T), capacity, seed,
     )  # fmt: skip
     launch(layer, route, split, GateRule.decode(gate), num_tiles, KernelConfig.decode(config))
 
@@ -72,6 +78,8 @@ def launch_op(
         layer.gate_up_E2IH,
         layer.down_EHI,
         *layer.biases,
+        *layer.shared,
+        *layer.token_gate,
         routing.expert_of_TK if ids_are_input else None,
         routing.gate_TK if gates_are_input else None,
         routing.slot_of_TK,

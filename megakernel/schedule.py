@@ -112,7 +112,7 @@ class Schedule:
     Attributes:
         spec: shapes and tiles.
         num_tokens: T, at least 1.
-        num_tiles: row tiles the list has room for.
+        num_tiles: row tiles the list has room for, those of the shared expert among them.
     """
 
     spec: KernelSpec
@@ -128,6 +128,11 @@ class Schedule:
     def combine_tiles(self) -> int:
         """Combine tasks per column group."""
         return -(-self.num_tokens // self.spec.combine_tokens)
+
+    @property
+    def shared_tiles(self) -> int:
+        """Row tiles of the shared expert: the first ones."""
+        return self.spec.num_slices * -(-self.num_tokens // self.spec.block_rows)
 
     @property
     def num_tasks(self) -> int:
@@ -171,7 +176,8 @@ class Schedule:
         if task.kind == spec.SCATTER:
             return [(spec.PREFIX_DONE, spec.prefix_blocks)]
         if task.kind == spec.FFN1:
-            return [] if spec.replay else [(spec.SCATTER_DONE, self.token_tiles)]
+            has_tables = spec.replay or task.tile < self.shared_tiles
+            return [] if has_tables else [(spec.SCATTER_DONE, self.token_tiles)]
         if task.kind == spec.FFN2:
             return [(spec.first_tile_counter + task.tile, spec.i_blocks)]
         if task.kind == spec.COMBINE:

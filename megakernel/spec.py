@@ -28,6 +28,7 @@ class KernelSpec:
     max_copies: int
     hidden: int
     intermediate: int
+    shared_width: int  # J, 0 without a shared expert
     block_rows: int
     block_i: int
     block_h: int
@@ -118,12 +119,22 @@ class KernelSpec:
         """Column groups that hold a column: at most ``column_groups``."""
         return -(-self.hidden // (self.block_h * self.group_blocks))
 
+    @property
+    def num_slices(self) -> int:
+        """Slices of the shared expert, each as wide as a routed one; the last may be short."""
+        return -(-self.shared_width // self.intermediate)
+
     # Shapes of tiles held in registers, as the device code names them.
 
     @property
     def logits_tile(self) -> tuple[int, int]:
         """[block_tokens, block_experts]"""
         return self.block_tokens, self.block_experts
+
+    @property
+    def tokens_row(self) -> tuple[int]:
+        """[block_tokens]"""
+        return (self.block_tokens,)
 
     @property
     def choice_tile(self) -> tuple[int, int]:
@@ -176,6 +187,11 @@ class KernelSpec:
         if self.expert.interleaved:
             return self.block_rows, self.block_i, 2
         return self.block_rows, 2, self.block_i
+
+    @property
+    def shared_ffn1_tile(self) -> tuple[int, int]:
+        """[block_rows, block_i]"""
+        return self.block_rows, self.block_i
 
     @property
     def ffn2_tile(self) -> tuple[int, int]:

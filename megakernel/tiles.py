@@ -186,10 +186,31 @@ def ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C: tl.constexpr):
 
 
 @triton.jit
-def combine_tile(tile, group, gate_TK, row_of_TK, y_CH, y_TH, num_tokens, C: tl.constexpr):
+def shared_sum(y_shared, sigmoid_T, token, live, column, num_tokens, C: tl.constexpr):
+    """Return the shared expert's weighted output: its slices are summed in order."""
+    total = tl.full(C.combine_tile, 0.0, tl.float32)
+    padded_tokens = (num_tokens + C.block_rows - 1) // C.block_rows * C.block_rows
+    for slice_index in range(C.num_slices):
+        row = (slice_index * padded_tokens + token).to(tl.int64)
+        total += tl.load(
+            y_shared + row[:, None] * C.hidden + column[None, :],
+            mask=live[:, None] & (column < C.hidden)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    if sigmoid_T is not None:
+        total *= tl.load(sigmoid_T + token, mask=live, other=0.0)[:, None]
+    return total
+
+
+@triton.jit
+def combine_tile(
+    tile, group, gate_TK, row_of_TK, y_CH, y_TH, num_tokens, C: tl.constexpr,
+    y_shared=None, sigmoid_T=None,
+):  # fmt: skip
     """Sum each token's K weighted rows in k order, in float32, rounded once.
 
-    Reads: gate_TK, row_of_TK, y_CH. Writes: one column group of y_TH for one token tile.
+    Reads: gate_TK, row_of_TK, y_CH; then the shared expert's rows and weight, if there is one.
+    Writes: one column group of y_TH for one token tile.
     """
     token = tile * C.combine_tokens + tl.arange(0, C.combine_tokens)
     live = token < num_tokens
@@ -208,6 +229,8 @@ def combine_tile(tile, group, gate_TK, row_of_TK, y_CH, y_TH, num_tokens, C: tl.
                 other=0.0,
             )
             acc += gate[:, None] * y.to(tl.float32)
+        if C.num_slices > 0:
+            acc += shared_sum(y_shared, sigmoid_T, token, live, column, num_tokens, C)
         tl.store(
             y_TH + token.to(tl.int64)[:, None] * C.hidden + column[None, :],
             rounded(acc, y_TH.dtype.element_ty, C),

@@ -1,0 +1,141 @@
+"""Device functions of the shared expert, which serves every token.
+
+Its width J is cut into slices as wide as a routed expert. The row tiles of the slices come first:
+row ``slice · padded tokens + token`` holds one token's share, so no table and no wait is needed.
+"""
+
+import triton
+import triton.language as tl
+
+from megakernel.arithmetic import activate, dot, gated, rounded
+from megakernel.tiles import ffn1_tile, ffn2_tile, load_rows, load_stacked, store_rows
+
+
+@triton.jit
+def slice_of(tile, num_tokens, C: tl.constexpr):
+    """Return a shared row tile's slice, tokens, and which of them exist."""
+    row_tiles = (num_tokens + C.block_rows - 1) // C.block_rows
+    token = tile % row_tiles * C.block_rows + tl.arange(0, C.block_rows)
+    return tile // row_tiles, token, token < num_tokens
+
+
+@triton.jit
+def shared_ffn1_tile(
+    tile, block, x_TH, shared_gate, shared_up, h_CI, num_tokens, C: tl.constexpr
+):  # fmt: skip
+    """Compute h for one row tile of the shared expert and one block of a slice.
+
+    Reads: x_TH, shared_gate and shared_up. Writes: h_CI; zero in columns past J.
+    """
+    slice_index, token, inside = slice_of(tile, num_tokens, C)
+    x_start = x_TH + token.to(tl.int64) * C.hidden
+    first_row = slice_index * C.intermediate + block * C.block_i
+    acc_gate = tl.full(C.shared_ffn1_tile, 0.0, tl.float32)
+    acc_up = tl.full(C.shared_ffn1_tile, 0.0, tl.float32)
+    for column in tl.range(0, C.hidden, C.step, num_stages=C.num_stages):
+        x = load_rows(x_start, inside, column, C.hidden, C)
+        up = load_stacked(
+            shared_up, 0, first_row, column, 1, C.block_i, C.shared_width, C.hidden, C
+        )
+        acc_up = dot(x, up.T, acc_up, C)
+        if C.expert.has_gate:
+            gate = load_stacked(
+                shared_gate, 0, first_row, column, 1, C.block_i, C.shared_width, C.hidden, C
+            )
+            acc_gate = dot(x, gate.T, acc_gate, C)
+    h = gated(acc_gate, acc_up, C) if C.expert.has_gate else activate(acc_up, C)
+    store_rows(
+        h_CI, tile * C.block_rows + tl.arange(0, C.block_rows), inside,
+        block * C.block_i + tl.arange(0, C.block_i), C.intermediate,
+        rounded(h, h_CI.dtype.element_ty, C),
+    )  # fmt: skip
+
+
+@triton.jit
+def shared_ffn2_tile(tile, block, shared_down, h_CI, y_CH, num_tokens, C: tl.constexpr):
+    """Compute y for one row tile of the shared expert and one block of H.
+
+    Reads: h_CI, shared_down. Writes: y_CH.
+    """
+    first = block * C.block_h
+    if first < C.hidden:
+        slice_index, _, inside = slice_of(tile, num_tokens, C)
+        tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+        h_start = h_CI + tile_row.to(tl.int64) * C.intermediate
+        first_column = slice_index * C.intermediate
+        acc = tl.full(C.ffn2_tile, 0.0, tl.float32)
+        for column in tl.range(0, C.intermediate, C.step, num_stages=C.num_stages):
+            h = load_rows(h_start, inside, column, C.intermediate, C)
+            weights = load_stacked(
+                shared_down, 0, first, first_column + column, 1, C.block_h, C.hidden,
+                C.shared_width, C,
+            )  # fmt: skip
+            acc = dot(h, weights.T, acc, C)
+        column = first + tl.arange(0, C.block_h)
+        store_rows(
+            y_CH, tile_row, inside, column, C.hidden, rounded(acc, y_CH.dtype.element_ty, C)
+        )
+
+
+@triton.jit
+def count_shared_tiles(num_tokens, C: tl.constexpr):
+    """Return the row tiles of the shared expert, which come before all others."""
+    return C.num_slices * ((num_tokens + C.block_rows - 1) // C.block_rows)
+
+
+@triton.jit
+def routed_tiles(num_tiles, num_tokens, C: tl.constexpr):
+    """Return how many of the row tiles belong to routed experts."""
+    if C.num_slices > 0:
+        num_tiles -= count_shared_tiles(num_tokens, C)
+    return num_tiles
+
+
+@triton.jit
+def scatters_before(tile, token_tiles, num_tokens, C: tl.constexpr):
+    """Return how many scatter tasks FFN1 of a row tile waits for: a shared one needs no table."""
+    target = token_tiles
+    if C.num_slices > 0:
+        target = tl.where(tile < count_shared_tiles(num_tokens, C), 0, token_tiles)
+    return target
+
+
+@triton.jit
+def routed_rows(matrix, num_tokens, WIDTH: tl.constexpr, C: tl.constexpr):
+    """Return where the rows of the routed experts start in scratch."""
+    if C.num_slices > 0:
+        first_row = count_shared_tiles(num_tokens, C) * C.block_rows
+        matrix += first_row.to(tl.int64) * WIDTH
+    return matrix
+
+
+@triton.jit
+def ffn1_of(
+    tile, block, x_TH, gate_up, biases, shared_gate, shared_up, rows, h_CI, num_tokens,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Run an FFN1 task, of the shared expert or of a routed one."""
+    if C.num_slices == 0:
+        ffn1_tile(tile, block, x_TH, gate_up, biases, rows, h_CI, C)
+    else:
+        num_shared = count_shared_tiles(num_tokens, C)
+        if tile < num_shared:
+            shared_ffn1_tile(tile, block, x_TH, shared_gate, shared_up, h_CI, num_tokens, C)
+        else:
+            h_routed = routed_rows(h_CI, num_tokens, C.intermediate, C)
+            ffn1_tile(tile - num_shared, block, x_TH, gate_up, biases, rows, h_routed, C)
+
+
+@triton.jit
+def ffn2_of(tile, block, down, biases, shared_down, rows, h_CI, y_CH, num_tokens, C: tl.constexpr):
+    """Run an FFN2 task, of the shared expert or of a routed one."""
+    if C.num_slices == 0:
+        ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C)
+    else:
+        num_shared = count_shared_tiles(num_tokens, C)
+        if tile < num_shared:
+            shared_ffn2_tile(tile, block, shared_down, h_CI, y_CH, num_tokens, C)
+        else:
+            h_routed = routed_rows(h_CI, num_tokens, C.intermediate, C)
+            y_routed = routed_rows(y_CH, num_tokens, C.hidden, C)
+            ffn2_tile(tile - num_shared, block, down, biases, rows, h_routed, y_routed, C)
