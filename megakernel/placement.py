@@ -1,7 +1,6 @@
 """Where experts lie: which expert each slot holds, and which slot serves each choice."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ class Placement:
     slot_of_TK: Tensor | None = None
     num_experts: int = field(init=False, repr=False)
     slots: Slots = field(init=False, repr=False)  # the kernel's tables
+    slot_int32_TK: Tensor | None = field(init=False, repr=False)  # as the kernel reads it
 
     def __post_init__(self) -> None:
         """Check the maps and derive the tables, ahead of any launch."""
@@ -52,6 +52,9 @@ class Placement:
             )
         object.__setattr__(self, "num_experts", len(held))
         object.__setattr__(self, "slots", make_slots(experts, self.expert_of_P.device))
+        slot_TK = self.slot_of_TK
+        slot_int32_TK = None if slot_TK is None else slot_TK.int().contiguous()
+        object.__setattr__(self, "slot_int32_TK", slot_int32_TK)
 
     @property
     def num_slots(self) -> int:
@@ -63,11 +66,6 @@ class Placement:
         """V."""
         assert self.slots.slots_of_EV is not None
         return self.slots.slots_of_EV.shape[1]
-
-    @cached_property
-    def slot_int32_TK(self) -> Tensor | None:
-        """slot_of_TK as the kernel reads it."""
-        return None if self.slot_of_TK is None else self.slot_of_TK.int().contiguous()
 
 
 def check_ids(name: str, ids: Tensor, ndim: int) -> None:

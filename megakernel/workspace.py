@@ -72,7 +72,8 @@ class Workspace:
     schedules: list[Schedule] = field(default_factory=list)
     views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
     captured: bool = False
-    outgrown: list[Tensor] = field(default_factory=list)
+    outgrown_arenas: list[Tensor] = field(default_factory=list)
+    outgrown_counters: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Allocate the error words; arena and counters grow with the first launch."""
@@ -110,8 +111,9 @@ class Workspace:
     def _grow(self, arena_bytes: int, counter_words: int) -> None:
         if self.holds(arena_bytes, counter_words):
             return
-        # A captured graph still points at the memory it was captured with.
-        self.outgrown += [self.arena, self.control.counters] if self.captured else []
+        if self.captured:  # the graph still points at the memory it was captured with
+            self.outgrown_arenas.append(self.arena)
+            self.outgrown_counters.append(self.control.counters)
         self.views.clear()
         if is_capturing(self.device):
             donor = take_warm(self.device, arena_bytes, counter_words)
@@ -128,9 +130,9 @@ class Workspace:
         return arena_bytes <= self.arena.numel() and counter_words <= self.control.counters.numel()
 
     def reset(self) -> None:
-        """Bring counters and error words back to what a launch must find."""
-        self.control.counters.zero_()
-        self.control.error.zero_()
+        """Bring counters and error words back to what a launch must find, graphs' included."""
+        for words in (self.control.counters, self.control.error, *self.outgrown_counters):
+            words.zero_()
 
     def raise_errors(self) -> None:
         """Raise what an earlier launch reported, once. Does not synchronise."""

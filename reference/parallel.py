@@ -49,5 +49,6 @@ def moe_by_rank(
                 x_1H = x_TH[token : token + 1]
                 row_1H = expert_ffn(x_1H, gate_up_E2IH[expert], down_EHI[expert])
                 y_TKH[token, choice] = row_1H[0]
+    gate_TK = gate_TK.masked_fill(slot_of_TK < 0, 0.0)
     gated_TKH = gate_TK.to(x_TH.dtype)[..., None] * y_TKH
     return torch.stack([gated_TKH[:, k] for k in range(gated_TKH.shape[1])]).sum(0)

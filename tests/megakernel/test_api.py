@@ -86,7 +86,7 @@ REFUSED = {
     "integer x": (lambda: live(X.long()), r"x_TH.*float32, float16 or bfloat16.*int64"),
     "strided x": (lambda: live(X.T.contiguous().T), r"x_TH.*contiguous.*\(1, 40\)"),
     "strided weights": (
-        lambda: Experts(GATE_UP.transpose(1, 2).contiguous().transpose(1, 2), DOWN),
+        lambda: Experts(torch.cat([GATE_UP, GATE_UP], 2)[:, :, ::2], DOWN),
         r"gate_up_E2IH.*contiguous",
     ),
     "x with grad": (lambda: live(X.clone().requires_grad_()), r"x_TH.*no backward.*no_grad"),
@@ -299,12 +299,15 @@ def test_torch_compile_takes_the_whole_layer(backend):
         assert_same_bits(actual=got, expected=want)
 
 
-def test_torch_compile_takes_given_and_replayed_routing():
-    def both(x):
+def test_torch_compile_takes_given_and_replayed_routing_and_named_slots():
+    def all_three(x):
         given = moe_routed(x, IDS, GATES, EXPERTS, placement=SPREAD, config=SMALL)
-        return given, moe(x, ROUTER, EXPERTS, Router(2), replay=PREPARED, config=SMALL).y_TH
+        named = moe(x, ROUTER, EXPERTS, Router(2), placement=NAMED, config=SMALL).y_TH
+        replayed = moe(x, ROUTER, EXPERTS, Router(2), replay=PREPARED, config=SMALL).y_TH
+        return given, named, replayed
 
-    given, replayed = torch.compile(both, fullgraph=True, backend="aot_eager")(X)
+    given, named, replayed = torch.compile(all_three, fullgraph=True, backend="aot_eager")(X)
+    assert_same_bits(actual=named, expected=live().y_TH)
     assert_same_bits(actual=given, expected=routed())
     assert_same_bits(actual=replayed, expected=live(replay=PREPARED).y_TH)
 

@@ -47,7 +47,7 @@ def test_a_second_call_of_a_shape_reuses_the_views_and_a_larger_one_grows():
     assert workspace.arena is arena
     workspace.scratch(PLAIN_SPEC, 400, 80, torch.half)
     assert workspace.arena.numel() > arena.numel()
-    assert workspace.outgrown == []
+    assert workspace.outgrown_arenas == []
     assert int(workspace.control.counters.count_nonzero()) == 0
 
 
@@ -56,7 +56,10 @@ def test_memory_a_graph_was_captured_with_is_kept_when_the_workspace_grows():
     workspace.scratch(PLAIN_SPEC, 10, 4, torch.half)
     workspace.captured, arena = True, workspace.arena
     workspace.scratch(PLAIN_SPEC, 400, 80, torch.half)
-    assert any(kept is arena for kept in workspace.outgrown)
+    assert any(kept is arena for kept in workspace.outgrown_arenas)
+    workspace.outgrown_counters[0].fill_(3)
+    workspace.reset()  # after a stall the older graph must find zeros too
+    assert int(workspace.outgrown_counters[0].count_nonzero()) == 0
 
 
 def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch):
@@ -70,7 +73,7 @@ def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch)
     monkeypatch.setattr("megakernel.workspace.is_capturing", lambda device: True)
     scratch = captured.scratch(PLAIN_SPEC, 400, 80, torch.half)
     assert captured.arena is warm.arena and captured.control.counters is warm.control.counters
-    assert any(kept is first_arena for kept in captured.outgrown)
+    assert any(kept is first_arena for kept in captured.outgrown_arenas)
     assert scratch.h_CI.untyped_storage().data_ptr() == warm.arena.untyped_storage().data_ptr()
     assert spaces == {(CPU, 1): captured}
     with pytest.raises(RuntimeError, match="before capturing"):

@@ -123,3 +123,11 @@ def test_an_empty_slot_serves_nobody(layer: Layer) -> None:
     expert_of_P = torch.tensor([0, 1, 2, 3, -1])
     with pytest.raises(ValueError, match="slot_of_TK must point to slots that hold an expert"):
         layer.by_rank(layer.expert_of_TK, expert_of_P, 1)
+
+
+def test_the_weight_of_a_skipped_choice_is_ignored_even_if_nan() -> None:
+    x_TH, gate_up_E2IH, down_EHI = torch.randn(1, 4), torch.randn(1, 6, 4), torch.randn(1, 4, 3)
+    slot_TK, gate_TK = torch.tensor([[0, -1]]), torch.tensor([[0.5, torch.nan]])
+    expert_of_P = torch.tensor([0])
+    y_TH = moe_by_rank(x_TH, slot_TK, gate_TK, gate_up_E2IH, down_EHI, expert_of_P, 1)
+    assert y_TH.isfinite().all()
