@@ -10,6 +10,7 @@ from tqdm import tqdm
 from perf.cases import Case
 from perf.costs import H200, Machine
 from perf.measure import DEFAULT, Protocol, Timing, time_eager, time_graphs
+from perf.providers import Provider
 from perf.record import Row, make_row
 from perf.roofline import ASSUMED_H200, Roofs, measure_roofs
 
@@ -24,6 +25,7 @@ class Bench:
         protocol: warm-ups and rounds.
         deadline: ``time.monotonic()`` after which no new case starts; None for no limit.
         models: names of models to keep; empty for all.
+        providers: names of providers to keep; empty for all.
         rows: figures so far.
         failures: what of ours was wrong.
         notes: what was skipped, and why.
@@ -34,6 +36,7 @@ class Bench:
     protocol: Protocol = DEFAULT
     deadline: float | None = None
     models: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,12 +88,21 @@ class Bench:
         """Return the cases whose model is wanted."""
         return [case for case in cases if not self.models or case.model.name in self.models]
 
+    def keep_providers(self, providers: Sequence[Provider]) -> list[Provider]:
+        """Return the wanted providers."""
+        return [one for one in providers if not self.providers or one.name in self.providers]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing new may start."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def each(self, cases: Iterable[Case]) -> Iterable[Case]:
         """Yield cases with a progress bar until the time is up, and note what was left out."""
         wanted = self.keep(cases)
         with tqdm(wanted, unit="case", leave=False) as progress:
             for place, case in enumerate(progress):
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if self.is_late:
                     self.notes.append(f"{len(wanted) - place} cases left out: time is up")
                     return
                 progress.set_description(f"{case.name} T={case.num_tokens}")

@@ -5,17 +5,24 @@ the whole. Results and pictures go to a folder named after the date and the GPU.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from megakernel.compile_check import compile_case, compile_cases
 from perf import report
 from perf.bench import Bench
 from perf.measure import DEFAULT, QUICK, Protocol
+from perf.providers import OURS, PLAIN
 from perf.record import ROOT, provenance
 from perf.suites import run_suite
 
@@ -52,18 +59,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS)
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     parser.add_argument("--full", action="store_true", help="50 rounds instead of 10")
+    parser.add_argument("--no-peers", action="store_true", help="only ours and plain PyTorch")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("perf.gpu: no GPU here; `make test` covers everything else", file=sys.stderr)
         return 2
     clock = Clock(time.monotonic() + arguments.seconds)
     out = arguments.out / f"{provenance()['date']}-{provenance()['gpu'].replace(' ', '-')}"
-    failures = run_tests(clock)
-    failures += run_suites(clock, out, DEFAULT if arguments.full else QUICK)
+    names = tuple(one.name for one in (*OURS, *PLAIN)) if arguments.no_peers else ()
+    with precompile():
+        failures = run_tests(clock)
+    failures += run_suites(clock, out, DEFAULT if arguments.full else QUICK, names)
     report.draw_all(report.read_or_none([out]), out)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@contextmanager
+def precompile() -> Iterator[None]:
+    """Fill Triton's cache on the idle cores meanwhile: compiling would eat the suites' budgets."""
+    spare_cores = max((os.cpu_count() or 1) - 2, 1)
+    with ProcessPoolExecutor(spare_cores, mp_context=get_context("spawn")) as pool:
+        done = [pool.submit(compile_case, case) for case in compile_cases()]
+        yield
+        errors = [error for one in done if (error := one.exception())]
+    if errors:
+        print(f"{len(errors)} of {len(done)} configs did not compile, first: {errors[0]}")
 
 
 def run_tests(clock: Clock) -> list[str]:
@@ -78,7 +100,9 @@ def run_tests(clock: Clock) -> list[str]:
     return [] if status in (0, no_test_ran) else [f"tests: pytest exited with {status}"]
 
 
-def run_suites(clock: Clock, out: Path, protocol: Protocol) -> list[str]:
+def run_suites(
+    clock: Clock, out: Path, protocol: Protocol, providers: tuple[str, ...] = ()
+) -> list[str]:
     """Run every suite within its budget; one that breaks does not stop the others."""
     failures, roofs = [], None
     for name, wanted in SECONDS_OF_SUITE.items():
@@ -87,7 +111,13 @@ def run_suites(clock: Clock, out: Path, protocol: Protocol) -> list[str]:
             print(f"{name}: skipped, no time left")
             continue
         deadline = time.monotonic() + budget
-        bench = Bench(torch.device("cuda"), False, protocol, deadline, _roofs=roofs)
+        bench = Bench(
+            torch.device("cuda"),
+            protocol=protocol,
+            deadline=deadline,
+            providers=providers,
+            _roofs=roofs,
+        )
         try:
             failures += run_suite(name, bench, out)
         except Exception as error:

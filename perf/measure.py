@@ -13,6 +13,8 @@ Clocks are not locked. Without a GPU only ``host`` exists: the wall clock of the
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,25 +98,40 @@ def time_graphs(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Device microseconds of a replayed graph of each call, and why some could not be captured."""
     flush = make_flush(protocol, device)
+    stream, pool = capture_stream(device), torch.cuda.graph_pool_handle()
     samplers, refused = {}, {}
     for name, call in calls.items():
         try:
-            samplers[name] = _graph_sampler(capture(call), flush)
+            samplers[name] = _graph_sampler(capture(call, stream, pool), flush)
         except Exception as error:  # whatever a library raises while capturing
             torch.cuda.synchronize(device)
+            pool = torch.cuda.graph_pool_handle()
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return interleave(samplers, protocol), refused
+    timings = interleave(samplers, protocol)
+    samplers.clear()
+    torch.cuda.empty_cache()  # the graphs' memory; the next case may need it all
+    return timings, refused
 
 
-def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return a graph that holds one call."""
-    stream = torch.cuda.Stream()
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream graphs are captured on, so that they share one workspace."""
+    return torch.cuda.Stream(device)
+
+
+def capture(
+    call: Callable[[], object], stream: torch.cuda.Stream, pool: Any
+) -> torch.cuda.CUDAGraph:
+    """Return a graph that holds one call.
+
+    Graphs share the pool, since they are replayed one after another and nobody reads their output.
+    """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         call()
     return graph
 

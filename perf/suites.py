@@ -17,6 +17,7 @@ from perf import record, suites_host, suites_layer, suites_rank
 from perf.bench import Bench
 from perf.cases import SHAPES
 from perf.measure import DEFAULT, QUICK
+from perf.peers import ALL_PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,15 @@ SUITES = {
 }
 
 
+NAMES = tuple(provider.name for provider in ALL_PROVIDERS)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", nargs="+", required=True, choices=[*SUITES, "all"])
     parser.add_argument("--out", type=Path, default=Path("out/perf"), help="folder for the CSVs")
     parser.add_argument("--quick", action="store_true", help="few small cases, few rounds")
     parser.add_argument("--model", nargs="+", default=[], choices=SHAPES, help="only these")
+    parser.add_argument("--provider", nargs="+", default=[], choices=NAMES, help="only these")
     parser.add_argument("--budget", type=float, help="seconds after which no new case starts")
 
 
@@ -68,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             QUICK if arguments.quick else DEFAULT,
             time.monotonic() + arguments.budget if arguments.budget else None,
             tuple(arguments.model),
+            tuple(arguments.provider),
         )
         failures += run_suite(name, bench, arguments.out)
     for failure in failures:

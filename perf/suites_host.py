@@ -43,7 +43,7 @@ def host(bench: Bench) -> None:
     microseconds: they are our Python, not Triton's.
     """
     case = Case(MODELS["Qwen3-30B-A3B"], 1024) if bench.on_gpu else Case(TINY, 16)
-    providers = ALL_PROVIDERS if bench.on_gpu else OURS
+    providers = bench.keep_providers(ALL_PROVIDERS if bench.on_gpu else OURS)
     problem = make_problem(case, bench.device)
     ready = prepare(problem, providers)
     bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]

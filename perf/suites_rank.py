@@ -109,6 +109,9 @@ def makespan(bench: Bench) -> None:
         plan = make_plan(trace, topology)
         slowest_B: dict[str, list[float]] = {CONTIGUOUS: [], EPLB: [], OURS: [], EVEN: []}
         for b in range(trace.num_micro_batches):
+            if b and bench.is_late:
+                bench.notes.append(f"{scenario}: time is up after {b} micro-batches")
+                break
             rows_of_method = share_rows(trace, plan, topology, b)
             times = time_ranks(bench, model, rows_of_method)
             for method, times_R in times.items():

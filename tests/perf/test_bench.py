@@ -8,6 +8,7 @@ from perf.bench import Bench
 from perf.cases import SHAPES, TINY, Case
 from perf.costs import H200
 from perf.measure import Protocol, Timing
+from perf.providers import OURS, PLAIN
 
 CASES = [Case(TINY, 4), Case(SHAPES["OLMoE"], 8), Case(TINY, 8)]
 
@@ -24,6 +25,12 @@ def test_no_case_starts_after_the_deadline():
 
 def test_only_the_wanted_models_run():
     assert list(bench(models=("OLMoE",)).each(CASES)) == [CASES[1]]
+
+
+def test_only_the_wanted_providers_are_kept():
+    kept = bench(providers=("grouped_mm",)).keep_providers((*OURS, *PLAIN))
+    assert [provider.name for provider in kept] == ["grouped_mm"]
+    assert bench().keep_providers(OURS) == list(OURS)
 
 
 def test_without_a_gpu_there_are_no_device_times_and_no_measured_roofs():

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from perf import gpu
@@ -61,3 +62,29 @@ def test_tests_that_take_too_long_are_a_failure(monkeypatch):
 
     monkeypatch.setattr(gpu.subprocess, "run", too_long)
     assert "not done after" in gpu.run_tests(gpu.Clock(time.monotonic() + 1000))[0]
+
+
+def test_configs_compile_beside_the_tests_and_failures_are_told(monkeypatch, capsys):
+    def compile_one(case):
+        if case == "bad":
+            raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(gpu, "compile_cases", lambda: ["good", "bad"])
+    monkeypatch.setattr(gpu, "compile_case", compile_one)
+    with gpu.precompile():
+        pass
+    assert "1 of 2 configs did not compile, first: out of registers" in capsys.readouterr().out
+
+
+def test_the_whole_run_ends_with_its_failures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu, "provenance", lambda: {"date": "2026-01-01", "gpu": "NVIDIA H200"})
+    monkeypatch.setattr(gpu, "compile_cases", lambda: [])
+    monkeypatch.setattr(gpu, "run_tests", lambda clock: ["tests: pytest exited with 1"])
+    wanted = []
+    monkeypatch.setattr(gpu, "run_suites", lambda *given: wanted.append(given[-1]) or [])
+    assert gpu.main(["--out", str(tmp_path), "--no-peers"]) == 1
+    assert (tmp_path / "2026-01-01-NVIDIA-H200").is_dir()
+    assert "eager loop" in wanted[0] and "Liger Triton" not in wanted[0]
+    assert "FAILED tests: pytest exited with 1" in capsys.readouterr().err
