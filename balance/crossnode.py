@@ -14,6 +14,9 @@ from balance import split, subsets
 
 # Candidates of a pick that are evaluated exactly; over eight nodes each costs a flow a problem.
 CANDIDATES, CANDIDATES_BY_FLOW = 16, 1
+# A slot that lowers the node level by less than this, relative to a perfect one, serves better as
+# a spare slot of the micro-batches.
+WORTH_A_SLOT = 1e-3
 
 
 def choose_cross_node_copies(
@@ -63,7 +66,36 @@ def choose_cross_node_copies(
         picked_LS, level_L = _pick(load_LBE, home_LE, without_LS, node_of_S, speeds)
         better_L = level_L < best_L * (1 - 1e-9)
         best_LS[better_L], best_L[better_L] = picked_LS[better_L], level_L[better_L]
+    if 1 < num_nodes <= subsets.MAX_RANKS and copies_per_node:
+        ideal_L = load_LBE.sum((1, 2)) / speeds.sum()
+        _prune(load_LBE, home_LE, best_LS, node_of_S, speeds, best_L + WORTH_A_SLOT * ideal_L)
     return best_LS.numpy(), node_of_S.numpy()
+
+
+def _prune(
+    load_LBE: torch.Tensor,
+    node_LE: torch.Tensor,
+    copy_LS: torch.Tensor,
+    node_of_S: torch.Tensor,
+    speed_N: torch.Tensor,
+    limit_L: torch.Tensor,
+) -> None:
+    """Take out copies, the most dispensable first, while the summed level stays in its limit."""
+    layers = torch.arange(len(copy_LS))
+    while len(layers):
+        level_LS = torch.full((len(layers), copy_LS.shape[1]), torch.inf, dtype=torch.float64)
+        for slot in range(copy_LS.shape[1]):
+            without_LS = copy_LS[layers]
+            filled_L = without_LS[:, slot] >= 0
+            without_LS[:, slot] = -1
+            level_LB, _ = _levels(
+                load_LBE[layers], node_LE[layers], without_LS, node_of_S, speed_N
+            )
+            level_LS[:, slot] = torch.where(filled_L, level_LB.sum(1), torch.inf)
+        level_L, slot_L = level_LS.min(1)
+        spare_L = level_L <= limit_L[layers]
+        layers = layers[spare_L]
+        copy_LS[layers, slot_L[spare_L]] = -1
 
 
 def _pick(

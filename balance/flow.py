@@ -8,8 +8,8 @@ threshold (Dinkelbach's method). It ends, exactly, at the maximum over all sets,
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,7 +29,10 @@ class Flow:
 
 
 def best_level(
-    load_X: np.ndarray, holds_XD: np.ndarray, speed_D: np.ndarray
+    load_X: np.ndarray,
+    holds_XD: np.ndarray,
+    speed_D: np.ndarray,
+    start_XD: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
     """Least possible time of the slowest rank, and the set of ranks that proves it.
 
@@ -37,12 +40,16 @@ def best_level(
         load_X: loads, >= 0.
         holds_XD: bool, rank d holds a copy of expert x; at least one per expert.
         speed_D: > 0.
+        start_XD: a split to start from, which saves time when it is good; None for any.
 
     Returns:
         The level, max over sets A of inside(A) / speed(A), and tight_D bool, the set.
     """
     load_XD = np.zeros(holds_XD.shape)
-    load_XD[np.arange(len(load_X)), holds_XD.argmax(1)] = load_X
+    if start_XD is None:
+        load_XD[np.arange(len(load_X)), holds_XD.argmax(1)] = load_X
+    else:
+        load_XD += start_XD
     tight_D = np.ones(len(speed_D), dtype=bool)
     level = load_X.sum() / speed_D.sum()
     while True:
@@ -96,28 +103,32 @@ def _path_to_room(
     over_D: np.ndarray,
 ) -> tuple[list[tuple[int, int, int]] | None, np.ndarray]:
     """Shortest chain of (expert, from rank, to rank) to a rank with room, and the ranks seen."""
+    gives_XD, takes_XD = load_XD[shared_X] > 0, holds_XD[shared_X]
+    reaches_DD = gives_XD.T.astype(np.float32) @ takes_XD.astype(np.float32) > 0
     reached_D = np.zeros(len(over_D), dtype=bool)
     reached_D[source] = True
-    step_to: dict[int, tuple[int, int, int]] = {}
-    queue = deque([source])
-    while queue:
-        giver = queue.popleft()
-        movable_X = shared_X[load_XD[shared_X, giver] > 0]
-        for expert in movable_X:
-            for taker in np.flatnonzero(holds_XD[expert] & ~reached_D):
-                step_to[int(taker)] = (int(expert), giver, int(taker))
-                if over_D[taker] < 0:
-                    return _walk_back(step_to, source, int(taker)), reached_D
-                reached_D[taker] = True
-                queue.append(int(taker))
+    giver_D = np.full(len(over_D), -1)
+    frontier = np.array([source])
+    while len(frontier):
+        takers = np.flatnonzero(reaches_DD[frontier].any(0) & ~reached_D)
+        giver_D[takers] = frontier[reaches_DD[frontier][:, takers].argmax(0)]
+        reached_D[takers] = True
+        roomy = takers[over_D[takers] < 0]
+        if len(roomy):
+            ranks = _walk_back(giver_D, int(roomy[over_D[roomy].argmin()]))
+            expert_of = {
+                (g, t): int(shared_X[(gives_XD[:, g] & takes_XD[:, t]).argmax()])
+                for g, t in pairwise(ranks)
+            }
+            return [(expert, g, t) for (g, t), expert in expert_of.items()], reached_D
+        frontier = takers
     return None, reached_D
 
 
-def _walk_back(
-    step_to: dict[int, tuple[int, int, int]], source: int, rank: int
-) -> list[tuple[int, int, int]]:
-    path = []
-    while rank != source:
-        path.append(step_to[rank])
-        rank = step_to[rank][1]
-    return path[::-1]
+def _walk_back(giver_D: np.ndarray, rank: int) -> list[int]:
+    """The ranks of a chain, from its source."""
+    ranks = [rank]
+    while giver_D[rank] >= 0:
+        rank = int(giver_D[rank])
+        ranks.append(rank)
+    return ranks[::-1]

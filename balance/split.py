@@ -101,7 +101,7 @@ def integer_quotas(
         load_X = load_NX[n].numpy()[:, None]
         start_XD = np.diff(np.minimum(start_XD.cumsum(1), load_X), axis=1, prepend=0)
         start_XD[np.arange(len(start_XD)), home_NX[n]] = load_X[:, 0] - start_XD.sum(1)
-        load_XD = _settle(start_XD, holds_XD, limit_ND[n, None], speed_D)
+        load_XD = settle(start_XD, holds_XD, limit_ND[n, None], speed_D)
         quota_NS[n, filled] = torch.from_numpy(load_XD[where])
     return quota_NS
 
@@ -170,7 +170,7 @@ def _serve(
     return served_N, room_NA - gains_rest_NA * (left_N - served_N)[:, None]
 
 
-def _settle(
+def settle(
     load_XD: np.ndarray, holds_XD: np.ndarray, limit_1D: torch.Tensor, speed_D: torch.Tensor
 ) -> np.ndarray:
     result = flow.fit_under(load_XD, holds_XD, limit_1D[0].numpy())

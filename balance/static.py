@@ -10,10 +10,7 @@ import torch
 from balance import split
 from balance.crossnode import choose_cross_node_copies
 from balance.placement import Present
-
-# In units of the copied expert's load, at most an average rank's; on the gpt-oss-20b trace
-# 0, 0.5, 1 and 1.5 leave 0.8, 0.5, 0.4 and 0.2 % above the bound (two nodes, by domain).
-GIVER_SURPLUS = 1.5
+from balance.seats import choose_seats
 
 
 @dataclass(frozen=True)
@@ -75,18 +72,44 @@ class StaticCopies:
             served_BLE[:, layer, self.copy_LS[layer, entry]] += share_BLS[:, layer, entry]
         return served_BLE
 
-    def surplus(self, load_LE: np.ndarray, present: Present) -> np.ndarray:
-        """Load by which homes should overfill the ranks that hold entries, [L, D].
+    def equal_shares(
+        self, load_BLE: np.ndarray, rank_LE: np.ndarray, present: Present
+    ) -> np.ndarray:
+        """As ``shares``, for entries that have no rank yet: equal ones where there is a choice."""
+        shape_BLS = (*load_BLE.shape[:2], self.copy_LS.shape[1])
+        if not self.copy_LS.shape[1]:
+            return np.zeros(shape_BLS, dtype=np.int64)
+        problem = self.node_problem(load_BLE, rank_LE, present)
+        return split.integer_quotas(*problem).numpy().reshape(shape_BLS)
 
-        A rank whose spare slot is taken cannot receive from its node; a rank with too much load
-        never has to.
-        """
-        surplus_LD = np.zeros((len(load_LE), len(present.ranks)))
-        for layer, entry in zip(*(self.copy_LS >= 0).nonzero(), strict=True):
-            load_E = load_LE[layer]
-            most = min(load_E[self.copy_LS[layer, entry]], load_E.sum() / len(present.ranks))
-            surplus_LD[layer, self.rank_LS[layer, entry]] += GIVER_SURPLUS * most
-        return surplus_LD
+    def relabelled(
+        self, label_LD: np.ndarray, present: Present, spares_per_rank: int
+    ) -> StaticCopies:
+        """The same on ranks, and nodes of ranks, with new labels."""
+        copies_per_node = np.bincount(self.node_of_S).max(initial=1)
+        first_of_S = np.searchsorted(present.node_of_D, self.node_of_S)
+        node_LS = present.node_of_D[label_LD[:, first_of_S]]
+        entry_LS = node_LS * copies_per_node + np.arange(len(self.node_of_S)) % copies_per_node
+        rank_LS = np.take_along_axis(label_LD, np.maximum(self.rank_LS, 0), 1)
+        spare_LS = rank_LS * spares_per_rank + self.spare_LS % max(1, spares_per_rank)
+        values = (self.copy_LS, rank_LS, spare_LS)
+        moved = [np.full_like(self.copy_LS, -1) for _ in values]
+        for new_LS, old_LS in zip(moved, values, strict=True):
+            np.put_along_axis(new_LS, entry_LS, np.where(self.rank_LS >= 0, old_LS, -1), 1)
+        copy_LS, rank_LS, spare_LS = moved
+        return StaticCopies(copy_LS, rank_LS, spare_LS, self.node_of_S)
+
+    def of_layers(self, layers: np.ndarray) -> StaticCopies:
+        """The entries of some layers, in any order and number."""
+        return StaticCopies(
+            self.copy_LS[layers], self.rank_LS[layers], self.spare_LS[layers], self.node_of_S
+        )
+
+    def in_spare_slots(self, present: Present, spares_per_rank: int) -> np.ndarray:
+        """Expert of each spare slot of the present ranks, -1 for none: [L, M]."""
+        static_LM = np.full((len(self.copy_LS), len(present.ranks) * spares_per_rank), -1)
+        self.put(static_LM, self.copy_LS)
+        return static_LM
 
     def put(self, value_LM: np.ndarray, value_LS: np.ndarray) -> None:
         """Write values of the entries, [..., L, S], to their spare slots, [..., L, M]."""
@@ -100,25 +123,31 @@ def choose_static_copies(
     present: Present,
     spares_per_rank: int,
     copies_per_node: int,
-) -> StaticCopies:
-    """Choose batch-static copies and seat them on the ranks of each node with heaviest homes.
-
-    Those ranks have load to give, and so do best without the spare slot.
-    """
+    homes_are_free: bool,
+) -> tuple[StaticCopies, np.ndarray]:
+    """Choose batch-static copies, their ranks, and the homes beside them: copies and rank_LE."""
     node_LE = present.node_of_D[rank_LE]
     speed_N = np.bincount(present.node_of_D, present.speed_D)
     copy_LS, node_of_S = choose_cross_node_copies(load_BLE, node_LE, speed_N, copies_per_node)
-    load_LE = load_BLE.sum(0)
-    rank_LS = np.full_like(copy_LS, -1)
-    spare_LS = np.full_like(copy_LS, -1)
-    num_ranks = len(present.ranks)
-    for layer in range(len(copy_LS)):
-        time_D = np.bincount(rank_LE[layer], load_LE[layer], num_ranks) / present.speed_D
-        for node in range(len(speed_N)):
-            entries = np.flatnonzero((node_of_S == node) & (copy_LS[layer] >= 0))
-            ranks = np.flatnonzero(present.node_of_D == node)
-            ranks = ranks[np.argsort(-time_D[ranks], kind="stable")]
-            depth, nth = np.divmod(np.arange(len(entries)), len(ranks))
-            rank_LS[layer, entries] = ranks[nth]
-            spare_LS[layer, entries] = ranks[nth] * spares_per_rank + depth
-    return StaticCopies(copy_LS, rank_LS, spare_LS, node_of_S)
+    rank_LS, depth_LS = np.full_like(copy_LS, -1), np.full_like(copy_LS, -1)
+    unseated = StaticCopies(copy_LS, rank_LS, rank_LS, node_of_S)
+    share_BLS = unseated.equal_shares(load_BLE, rank_LE, present)
+    rest_BLE = load_BLE - unseated.served(share_BLS, load_BLE.shape[2])
+    seats = [
+        choose_seats(
+            rest_BLE[:, layer],
+            share_BLS[:, layer],
+            rank_LE[layer],
+            copy_LS[layer],
+            node_of_S,
+            present,
+            spares_per_rank,
+            homes_are_free,
+        )
+        for layer in range(len(copy_LS))
+    ]
+    rank_LE = rank_LE.copy()
+    for layer, seat in enumerate(seats):
+        rank_LS[layer], depth_LS[layer], rank_LE[layer] = seat.rank_S, seat.depth_S, seat.rank_E
+    spare_LS = np.where(rank_LS >= 0, rank_LS * spares_per_rank + depth_LS, -1)
+    return StaticCopies(copy_LS, rank_LS, spare_LS, node_of_S), rank_LE

@@ -117,7 +117,7 @@ class _Table:
         num_layers, num_micro_batches, num_experts = load_LBE.shape
         num_empty = int(seats_D.sum()) - num_experts
         load_LBX = np.pad(load_LBE.astype(np.float32), ((0, 0), (0, 0), (0, num_empty)))
-        rank_LX = np.stack([_seat_all(rank_E, seats_D) for rank_E in rank_LE])
+        rank_LX = np.stack([seat_all(rank_E, seats_D) for rank_E in rank_LE])
         before_LX = rank_LX.copy()
         if limits.before_LE is not None:
             before_LX[:, :num_experts] = limits.before_LE
@@ -268,7 +268,7 @@ class _Table:
         self.rank_LX[layers, mine_l], self.rank_LX[layers, theirs_l] = other_l, rank_l
 
 
-def _seat_all(rank_E: np.ndarray, seats_D: np.ndarray) -> np.ndarray:
+def seat_all(rank_E: np.ndarray, seats_D: np.ndarray) -> np.ndarray:
     """Ranks of the experts, then of one stand-in for every seat they leave empty."""
     empty_D = seats_D - np.bincount(rank_E, minlength=len(seats_D))
     return np.concatenate([rank_E, np.repeat(np.arange(len(seats_D)), empty_D)])
