@@ -85,8 +85,7 @@ def make_spec(
         tile_group=config.tile_group,
         num_stages=config.num_stages,
         weight_tma=fits_tma(layer.gate_up_E2IH, rule.stacked, rule.gate_up_transposed)
-        and fits_tma(layer.down_EHI, 1, rule.down_transposed)
-        and all(fits_tma(weight[None], 1, False) for weight in layer.shared if weight is not None),
+        and fits_tma(layer.down_EHI, 1, rule.down_transposed),
         interpreted=INTERPRETED,
     )
 
@@ -126,17 +125,6 @@ def tiled(
         [height * width, width, 1],
         [stacked, block_rows, spec.step],
     )
-
-
-def tiled_shared(
-    shared: SharedWeights, spec: KernelSpec
-) -> list[Tensor | TensorDescriptor | None]:
-    """Return the three weights of the shared expert as the kernel takes them."""
-    heights = (spec.block_i, spec.block_i, spec.block_h)
-    return [
-        None if weight is None else tiled(weight[None], 1, height, False, spec)
-        for weight, height in zip(shared, heights, strict=True)
-    ]
 
 
 def launch(
@@ -203,7 +191,7 @@ def kernel_arguments(
         tiled(layer.gate_up_E2IH, rule.stacked, spec.gate_up_block, rule.gate_up_transposed, spec),
         tiled(layer.down_EHI, 1, spec.block_h, rule.down_transposed, spec),
         layer.biases,
-        *(tiled_shared(layer.shared, spec)),
+        *layer.shared,
         layer.token_gate,
         layer.routing,
         layer.slots,

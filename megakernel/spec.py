@@ -190,8 +190,13 @@ class KernelSpec:
 
     @property
     def shared_ffn1_tile(self) -> tuple[int, int]:
-        """[block_rows, block_i]"""
-        return self.block_rows, self.block_i
+        """[block_rows, gate and up columns]"""
+        return self.block_rows, self.block_i * (2 if self.expert.has_gate else 1)
+
+    @property
+    def shared_ffn1_halves(self) -> tuple[int, int, int]:
+        """[block_rows, gate or up, block_i]"""
+        return self.block_rows, 2, self.block_i
 
     @property
     def ffn2_tile(self) -> tuple[int, int]:

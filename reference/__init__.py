@@ -31,7 +31,16 @@ of token t. Id -1 means "no expert" or "empty slot". Units end names: ``_us``, `
 from reference.experts import ExpertKind, expert_ffn, shared_ffn
 from reference.moe import moe, moe_by_expert, moe_by_token
 from reference.parallel import moe_by_rank
-from reference.router import Routing, choose, count_load, route, score, select, weigh
+from reference.router import (
+    Routing,
+    choose,
+    count_load,
+    keep_best_groups,
+    route,
+    score,
+    select,
+    weigh,
+)
 
 __all__ = [
     "ExpertKind",
@@ -39,6 +48,7 @@ __all__ = [
     "choose",
     "count_load",
     "expert_ffn",
+    "keep_best_groups",
     "moe",
     "moe_by_expert",
     "moe_by_rank",
