@@ -120,9 +120,9 @@ def run_suites(
         )
         try:
             failures += run_suite(name, bench, out)
+            roofs = bench.roofs
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
-        roofs = bench.roofs
     return failures
 
 

@@ -87,7 +87,6 @@ def sonic(problem: Problem) -> Call:
     """SonicMoE with its own router kernel, in inference mode."""
     from sonicmoe import moe_TC_softmax_topk_layer
 
-    stream = torch.cuda.current_stream().cuda_stream
     return lambda: moe_TC_softmax_topk_layer(
         problem.x_TH,
         problem.router_EH,
@@ -96,7 +95,7 @@ def sonic(problem: Problem) -> Call:
         problem.down_EHI.permute(1, 2, 0),
         None,
         problem.top_k,
-        stream,
+        torch.cuda.current_stream().cuda_stream,
         "swiglu",
         is_inference_mode_enabled=True,
         is_softmax_over_topk=True,
