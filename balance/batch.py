@@ -103,6 +103,12 @@ def _check_counts(counts: Any) -> np.ndarray:
         raise ValueError(f"counts must be integers, got {counts.dtype}")
     if counts.size and counts.min() < 0:
         raise ValueError(f"counts must be >= 0, got {counts.min()}")
-    if counts.size and counts.max() > np.iinfo(np.int32).max:
+    most = np.iinfo(np.int32).max
+    if counts.size and counts.max() > most:
         raise ValueError(f"counts must fit int32, got {counts.max()}")
+    total_BL = counts.sum((2, 3), dtype=np.int64)
+    if total_BL.max(initial=0) > most:
+        raise ValueError(
+            f"counts of a micro-batch and layer must sum to at most {most}, got {total_BL.max()}"
+        )
     return counts.astype(np.int32)
