@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megakernel.adapters.families import Family, family_of
+from megakernel.adapters.families import Family, family_of, read_shared
 from megakernel.adapters.modules import check_experts_module, local, read_experts
 from megakernel.api import moe, moe_routed
 from megakernel.config import KernelConfig
@@ -41,7 +41,7 @@ class FusedBlock(nn.Module):
     experts: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Any:
-        """Run gate, dispatch, experts and combine as one launch; shared experts beside it."""
+        """Run gate, dispatch, experts, shared ones too, and combine as one launch."""
         state, family = self.megakernel, self.family
         gate: Any = getattr(self, family.gate)
         if self.training and getattr(self, "jitter_noise", 0.0) > 0.0:
@@ -53,7 +53,7 @@ class FusedBlock(nn.Module):
         out = moe(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             local(gate.weight),
-            read_experts(self.experts),
+            read_experts(self.experts, read_shared(self, family)),
             router,
             replay=state.replay,
             placement=state.placement if state.replay is None else None,
@@ -64,8 +64,6 @@ class FusedBlock(nn.Module):
         if gate._forward_hooks:  # transformers records router_logits by a hook on the gate
             gate(routed=as_router_output(out, hidden_states, router.score))
         y = out.y_TH.view(hidden_states.shape)
-        if family.shared is not None:
-            y = y + family.shared(self, hidden_states)
         return (y, out.gate_TK) if family.returns_weights else y
 
 

@@ -1,13 +1,13 @@
-"""How the sparse block of each supported model family routes, and what it adds beside."""
+"""How the sparse block of each supported model family routes, and which expert serves all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from megakernel.layer import Router
+from megakernel.adapters.modules import local
+from megakernel.layer import Router, SharedExpert
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,15 @@ class Family:
     Attributes:
         router: reads the block's gate module as a Router.
         gate: name of that module in the block.
-        shared: the shared experts' output for [.., H] hidden states, computed by PyTorch beside
-            the launch; None where a family has none.
+        shared: name in the block of the MLP that serves every token; None for none.
+        shared_gate: name of the linear layer that weighs it; None for weight 1.
         returns_weights: whether the block returns its routing weights after its output.
     """
 
     router: Callable[[Any], Router]
     gate: str = "gate"
-    shared: Callable[[Any, Tensor], Tensor] | None = None
+    shared: str | None = None
+    shared_gate: str | None = None
     returns_weights: bool = False
 
 
@@ -51,26 +52,17 @@ def sigmoid_router(gate: Any) -> Router:
     )
 
 
-def gated_shared_expert(block: Any, hidden_states: Tensor) -> Tensor:
-    """One shared expert, weighted by the sigmoid of a gate of its own: Qwen2-MoE."""
-    weight = torch.sigmoid(block.shared_expert_gate(hidden_states))
-    return weight * block.shared_expert(hidden_states)
-
-
-def shared_experts(block: Any, hidden_states: Tensor) -> Tensor:
-    """Shared experts of weight one: DeepSeek-V3, GLM4-MoE."""
-    return block.shared_experts(hidden_states)
-
-
 # By class name of the sparse block, so that no model file is imported to look one up.
 FAMILIES = {
     "MixtralSparseMoeBlock": Family(softmax_router),
-    "Qwen2MoeSparseMoeBlock": Family(softmax_router, shared=gated_shared_expert),
+    "Qwen2MoeSparseMoeBlock": Family(
+        softmax_router, shared="shared_expert", shared_gate="shared_expert_gate"
+    ),
     "Qwen3MoeSparseMoeBlock": Family(softmax_router),
     "OlmoeSparseMoeBlock": Family(softmax_router),
     "GptOssMLP": Family(biased_router, gate="router", returns_weights=True),
-    "DeepseekV3MoE": Family(sigmoid_router, shared=shared_experts),
-    "Glm4MoeMoE": Family(sigmoid_router, shared=shared_experts),
+    "DeepseekV3MoE": Family(sigmoid_router, shared="shared_experts"),
+    "Glm4MoeMoE": Family(sigmoid_router, shared="shared_experts"),
 }
 
 
@@ -93,10 +85,38 @@ def family_of(block: Any) -> Family:
             f"fuse_gate must be False with a gate other than the model's own, "
             f"got {type(gate).__name__}"
         )
-    for module in (block, gate, block.experts):
-        if "forward" in vars(module):
-            raise ValueError(
-                f"fuse_gate must be False with a replaced forward, got one in "
-                f"{type(module).__name__}"
-            )
+    replaced = [m for m in block.modules() if "forward" in vars(m)]
+    if replaced:
+        raise ValueError(
+            "fuse_gate must be False with a replaced forward, got one in "
+            f"{type(replaced[0]).__name__}"
+        )
+    check_shared(block, family)
     return family
+
+
+def check_shared(block: Any, family: Family) -> None:
+    """Raise ValueError unless the shared expert is of the routed experts' kind, without biases."""
+    if family.shared is None:
+        return
+    mlp = getattr(block, family.shared)
+    mine, routed = type(mlp.act_fn).__name__, type(block.experts.act_fn).__name__
+    if mine != routed:
+        raise ValueError(f"{family.shared} must have the act_fn of experts, {routed}, got {mine}")
+    linears = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears += [getattr(block, family.shared_gate)] if family.shared_gate else []
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear.bias is not None:
+            raise ValueError(
+                f"{family.shared} must be made of plain linear layers without bias, got {linear}"
+            )
+
+
+def read_shared(block: Any, family: Family) -> SharedExpert | None:
+    """Return the shared expert's parameters as they are now."""
+    if family.shared is None:
+        return None
+    mlp = getattr(block, family.shared)
+    linears = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears += [getattr(block, family.shared_gate)] if family.shared_gate else []
+    return SharedExpert(*(local(linear.weight) for linear in linears))

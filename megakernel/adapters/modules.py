@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megakernel.layer import Experts
+from megakernel.layer import Experts, SharedExpert
 
 # By class name of transformers' activations.
 ACTIVATIONS = {
@@ -90,7 +90,7 @@ def check_experts_module(experts: nn.Module) -> None:
         )
 
 
-def read_experts(experts: Any) -> Experts:
+def read_experts(experts: Any, shared: SharedExpert | None = None) -> Experts:
     """Return the module's parameters as they are now: never a copy, so never a stale one."""
     up_name = _up_name(experts)
     up, down = local(getattr(experts, up_name)), local(experts.down_proj)
@@ -102,7 +102,7 @@ def read_experts(experts: Any) -> Experts:
     if _is_gpt_oss(experts):
         return Experts(up, down, *biases, "clamped_swiglu", experts.limit, interleaved=True)
     activation = ACTIVATIONS[type(experts.act_fn).__name__]
-    return Experts(up, down, *biases, activation, has_gate=experts.has_gate)
+    return Experts(up, down, *biases, activation, has_gate=experts.has_gate, shared=shared)
 
 
 def local(weight: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCABULARY = 61
 SIZES = {
@@ -95,6 +96,9 @@ GPT_OSS = Family(
 )
 LLAMA = Family("Llama", "has no experts", moe_layers=0)
 
+FUSED = [QWEN3, QWEN2, MIXTRAL, OLMOE, GPT_OSS, DEEPSEEK_V3, GLM4]  # gates that are known
+LOGITS_TOLERANCE = 2e-5  # absolute, on logits of size 6
+
 
 def make(family: Family, implementation: str = "eager") -> Any:
     """Build the model of a family: the same weights each time."""
@@ -127,3 +131,18 @@ def run(model: Any, **options: Any) -> Any:
     """Call a model on the prompt, without gradients."""
     with torch.no_grad():
         return model(prompt(), **options)
+
+
+def each(families: list[Family]) -> pytest.MarkDecorator:
+    """Run a test for each family."""
+    return pytest.mark.parametrize("family", families, ids=str)
+
+
+def experts_of(model: nn.Module) -> list[Any]:
+    """Return the experts modules of a model."""
+    return [module.experts for module in blocks_of(model)]
+
+
+def blocks_of(model: nn.Module) -> list[Any]:
+    """Return the sparse blocks of a model."""
+    return [module for module in model.modules() if hasattr(module, "experts")]
