@@ -88,6 +88,8 @@ class RooflineCosts:
         machine: the GPU.
         heights: row tile heights to choose from, the least that holds a tile's rows being used;
             more than one asks "what if", since the kernel has one.
+        choices_in_flight: choices of a token that the combine loads at once; more than one asks
+            "what if", since the compiled loop has one.
     """
 
     spec: KernelSpec
@@ -96,6 +98,7 @@ class RooflineCosts:
     num_workers: int
     machine: Machine = H200
     heights: tuple[int, ...] = ()
+    choices_in_flight: int = 1
     _traffic: float = 0.0
     _last_use: dict[tuple, float] = field(default_factory=dict)
 
@@ -179,8 +182,9 @@ class RooflineCosts:
         hit = min(1.0, machine.cache_bytes / (self.num_tokens * spec.top_k * width_bytes))
         read = spec.combine_tokens * spec.top_k * width_bytes
         busy = min(self.num_workers, -(-self.num_tokens // spec.combine_tokens))
-        # One block of columns after the other, one choice after the other.
-        latency_us = spec.group_blocks * spec.top_k * machine.latency_us
+        # One block of columns after the other; for each choice its row id, then its values.
+        rounds = spec.group_blocks * -(-spec.top_k // self.choices_in_flight)
+        latency_us = rounds * 2 * machine.latency_us
         moved = (1 - hit) * read + spec.combine_tokens * width_bytes
         return Demand(0.0, max(self._read_us(read, busy), latency_us), moved)
 

@@ -173,12 +173,19 @@ def predict(
     mode: str = "live",
     machine: Machine = H200,
     heights: tuple[int, ...] = (),
+    choices_in_flight: int = 1,
 ) -> Prediction:
-    """Predict a launch with roofline costs; ``heights`` as in RooflineCosts."""
+    """Predict a launch with roofline costs; the last two arguments as in RooflineCosts."""
     launch = make_launch(model, num_tokens, load_E, config, mode, machine)
     schedule = launch.schedule
     costs = RooflineCosts(
-        schedule.spec, num_tokens, launch.tiles, launch.num_workers, machine, heights
+        schedule.spec,
+        num_tokens,
+        launch.tiles,
+        launch.num_workers,
+        machine,
+        heights,
+        choices_in_flight,
     )
     return simulate(launch, costs, machine)
 

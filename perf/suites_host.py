@@ -124,9 +124,9 @@ def simulate(bench: Bench) -> None:
     for case in bench.each(simulated_cases(bench)):
         load_E = make_loads(case)
         work = useful_work(case.model, case.num_tokens, load_E)
-        for step, (config, mode, heights) in speed_plan(case).items():
+        for step, (config, mode, heights, choices) in speed_plan(case).items():
             prediction = predict(
-                case.model, case.num_tokens, load_E, config, mode, bench.machine, heights
+                case.model, case.num_tokens, load_E, config, mode, bench.machine, heights, choices
             )
             predicted = Timing.exact(prediction.launch_us)
             bench.add("simulate", case, step, "predicted", "time", "us", predicted)
@@ -141,8 +141,11 @@ def simulated_cases(bench: Bench) -> list[Case]:
     return [Case(model, T, "recorded") for model in MODELS.values() for T in SIMULATED_TOKENS]
 
 
-def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]]]:
-    """Config, mode and tile heights after each step of the plan, each on top of the last."""
+def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...], int]]:
+    """Config, mode, tile heights and choices in flight after each step of the plan.
+
+    Each step comes on top of the one before.
+    """
     shipped = SHIPPED[default_height(case.num_assignments, case.model.num_experts)]
     one_worker = replace(shipped, workers_per_sm=1, column_groups=1)
     two_workers = replace(one_worker, workers_per_sm=2)
@@ -150,10 +153,11 @@ def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]
     wide = replace(grouped, block_i=128, block_h=256, num_warps=8, workers_per_sm=1)
     short = tuple(h for h in (16, 32, 64, 128) if h <= shipped.block_rows)
     return {
-        "0 one worker per SM, one column group": (one_worker, "live", ()),
-        "1 two workers per SM": (two_workers, "live", ()),
-        "2 four column groups": (grouped, "live", ()),
-        "3 replay": (grouped, "replay", ()),
-        "4 tail tiles of fitting height": (grouped, "replay", short),
-        "5 128 x 256 tiles, one worker per SM": (wide, "replay", short),
+        "0 one worker per SM, one column group": (one_worker, "live", (), 1),
+        "1 two workers per SM": (two_workers, "live", (), 1),
+        "2 four column groups": (grouped, "live", (), 1),
+        "3 replay": (grouped, "replay", (), 1),
+        "4 tail tiles of fitting height": (grouped, "replay", short, 1),
+        "5 combine loads all choices at once": (grouped, "replay", short, case.model.top_k),
+        "6 128 x 256 tiles, one worker per SM": (wide, "replay", short, case.model.top_k),
     }

@@ -78,6 +78,13 @@ def test_shorter_tiles_for_tails_never_cost_more_product():
     )
 
 
+def test_loading_all_choices_at_once_makes_a_combine_shorter():
+    _, costs = costs_of()
+    at_once = replace(costs, choices_in_flight=8)
+    assert costs._combine().steps_us == 4 * 8 * 2 * H200.latency_us
+    assert at_once._combine().steps_us < costs._combine().steps_us / 4
+
+
 def test_a_replayed_gate_selects_nothing_and_costs_less():
     (_, live), (_, replay), (_, routed) = (costs_of(mode=m) for m in ("live", "replay", "routed"))
     assert live._gate() > replay._gate() > routed._gate()
