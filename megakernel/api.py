@@ -41,8 +41,9 @@ def moe(
 ) -> MoEOutput:
     """Run gate, dispatch, expert FFN and combine as one launch.
 
-    y[t] = sum over k of gate[t, k] · down[e] · (silu(gate_rows[e] · x[t]) * (up_rows[e] · x[t])),
-    with e = expert_of_TK[t, k]. Accumulates in float32, sums over k in k order, rounds once. The
+    y[t] = sum over k of gate[t, k] · expert(x[t], e), with e = expert_of_TK[t, k], plus the shared
+    expert if there is one. By default expert(x, e) = down[e] · (silu(gate_rows[e] · x) *
+    (up_rows[e] · x)). Accumulates in float32, sums over k in k order, rounds once. The
     bits do not depend on the number of workers, the placement, the split over replicas, replay or
     live, or on the other tokens of the call, given one config. (A capacity makes the choices of a
     token depend on the tokens before it.)
@@ -50,9 +51,11 @@ def moe(
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous; T may be 0.
         router_weight_EH: [E, H], dtype of x_TH or float32, contiguous.
-        experts: weights, dtype of x_TH.
-        router: how many experts a token gets and how they are weighted.
+        experts: weights, dtype of x_TH, and what they compute.
+        router: how experts are chosen and weighted.
         replay: recorded routing from prepare_replay; the gate then only weighs the given ids.
+            Choices that the recording has as -1, such as those dropped over capacity, are absent
+            from a renormalised sum.
         placement: experts in slots; identity when None. With a replay, the one it was made for.
         config: how to cut the work; None for the shipped default.
 

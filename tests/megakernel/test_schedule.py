@@ -48,6 +48,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         num_experts=draw(st.integers(1, 70)),
         hidden=draw(st.integers(1, 200)),
         intermediate=draw(st.integers(1, 100)),
+        shared_width=draw(st.sampled_from([0, 24, 130])),
         block_i=draw(st.sampled_from([16, 32])),
         block_h=draw(st.sampled_from([16, 64])),
         combine_tokens=draw(st.sampled_from([1, 8, 16])),
