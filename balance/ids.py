@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from balance.checks import whole
+
 # Ids looked at in one go: 16k rows of 48 layers x top-8 are 6.3 M ids, 50 MB as int64.
 _IDS_PER_CHUNK = 6_000_000
 
@@ -85,9 +87,7 @@ def check_ids(ids_TLK: Any) -> np.ndarray:
 
 def check_num_experts(num_experts: Any) -> int:
     """Return num_experts as an int, or raise ValueError."""
-    if num_experts != int(num_experts) or num_experts < 1:
-        raise ValueError(f"num_experts must be a whole number from 1, got {num_experts}")
-    return int(num_experts)
+    return whole("num_experts", num_experts, 1)
 
 
 def _names_one_twice(ids_TLK: np.ndarray) -> np.ndarray:

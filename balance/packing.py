@@ -87,7 +87,7 @@ def fill_micro_batches(length_S: np.ndarray, tokens_per_micro_batch: int) -> np.
 
     The sequences are laid end to end and cut every ``tokens_per_micro_batch`` tokens.
     """
-    if tokens_per_micro_batch < 1:
+    if not tokens_per_micro_batch >= 1:
         raise ValueError(f"tokens_per_micro_batch must be positive, got {tokens_per_micro_batch}")
     middle_S = np.cumsum(length_S) - length_S / 2
     return np.unique(middle_S // tokens_per_micro_batch, return_inverse=True)[1]

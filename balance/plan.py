@@ -11,6 +11,7 @@ import numpy as np
 
 from balance import cost
 from balance.assign import assign_slots, quota_prefix, slots_of_experts
+from balance.checks import whole
 from balance.legality import why_illegal
 from balance.topology import Topology
 from balance.trace import Trace
@@ -54,8 +55,12 @@ class PlanOptions:
                 least[name] = 0
         for name, limit in least.items():
             value = getattr(self, name)
-            if not limit <= value < np.inf:
-                raise ValueError(f"{name} must be finite and at least {limit}, got {value}")
+            if name not in ("tolerance", "locality"):
+                object.__setattr__(self, name, whole(name, value, limit))
+            elif not isinstance(value, int | float | np.number) or not limit <= value < np.inf:
+                raise ValueError(f"{name} must be finite and at least {limit}, got {value!r}")
+        if not isinstance(self.reorder, bool | np.bool_):
+            raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +144,7 @@ class Plan:
 
         As EPLB's ``rebalance_experts`` returns them, except that empty slots hold -1.
         """
+        self._check_index(micro_batch, 0)
         maps = [self.slots_of_experts(micro_batch, layer) for layer in range(self.num_layers)]
         most = max((slots.shape[1] for slots, _ in maps), default=1)
         log2phy = np.full((self.num_layers, self.num_experts, most), -1, dtype=np.int64)
@@ -185,7 +191,26 @@ class Plan:
         if not self.knows_sources:
             source_rank_T = np.zeros_like(source_rank_T)
         expert_of_TK = trace.ids_of(micro_batch)[:, layer]
+        self._check_same_loads(micro_batch, layer, expert_of_TK, source_rank_T)
         return assign_slots(expert_of_TK, source_rank_T, prefix_REV, slot_of_EV)
+
+    def _check_same_loads(
+        self, micro_batch: int, layer: int, expert_of_TK: np.ndarray, source_rank_T: np.ndarray
+    ) -> None:
+        """Refuse routing that is not what was planned for."""
+        load_RE = self.load_BLRE[micro_batch, layer]
+        is_real_TK = expert_of_TK >= 0
+        expert_A = expert_of_TK[is_real_TK]
+        source_A = np.broadcast_to(source_rank_T[:, None], expert_of_TK.shape)[is_real_TK]
+        found_RE = np.zeros(load_RE.shape, dtype=np.int64)
+        fits = (expert_A < found_RE.shape[1]).all() and (source_A < found_RE.shape[0]).all()
+        if fits:
+            np.add.at(found_RE, (source_A, expert_A), 1)
+        if not fits or (found_RE != load_RE).any():
+            raise ValueError(
+                f"trace must hold the assignments that were planned, got others in micro-batch "
+                f"{micro_batch}, layer {layer}"
+            )
 
     def traffic(self, trace: Trace | None = None) -> Traffic:
         """Sends between ranks and nodes over all micro-batches and layers of a trace.

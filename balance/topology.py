@@ -19,6 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
+from balance.checks import whole
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -48,26 +50,27 @@ class Topology:
 
     def __post_init__(self) -> None:
         freeze = object.__setattr__
-        if not isinstance(self.ranks_per_node, int | np.integer):
-            freeze(self, "ranks_per_node", tuple(int(count) for count in self.ranks_per_node))
+        for name, least in (("num_nodes", 1), ("spare_slots_per_rank", 0)):
+            freeze(self, name, whole(name, getattr(self, name), least))
+        if self.home_slots_per_rank is not None:
+            slots = whole("home_slots_per_rank", self.home_slots_per_rank, 1)
+            freeze(self, "home_slots_per_rank", slots)
+        if isinstance(self.ranks_per_node, Sequence | np.ndarray):
+            counts = tuple(whole("ranks_per_node", count, 1) for count in self.ranks_per_node)
+            freeze(self, "ranks_per_node", counts)
+        else:
+            freeze(self, "ranks_per_node", whole("ranks_per_node", self.ranks_per_node, 1))
         if self.rank_speed is not None:
             freeze(self, "rank_speed", tuple(float(speed) for speed in self.rank_speed))
-        freeze(self, "missing_ranks", tuple(sorted({int(rank) for rank in self.missing_ranks})))
+        missing = {whole("missing_ranks", rank, 0) for rank in self.missing_ranks}
+        freeze(self, "missing_ranks", tuple(sorted(missing)))
         self._check()
 
     def _check(self) -> None:
-        if self.num_nodes < 1:
-            raise ValueError(f"num_nodes must be at least 1, got {self.num_nodes}")
-        if len(self.ranks_of_N) != self.num_nodes or min(self.ranks_of_N) < 1:
+        if len(self.ranks_of_N) != self.num_nodes:
             raise ValueError(
                 f"ranks_per_node must give at least 1 rank to each of the {self.num_nodes} nodes, "
                 f"got {self.ranks_per_node}"
-            )
-        if self.spare_slots_per_rank < 0:
-            raise ValueError(f"spare_slots_per_rank must be >= 0, got {self.spare_slots_per_rank}")
-        if self.home_slots_per_rank is not None and self.home_slots_per_rank < 1:
-            raise ValueError(
-                f"home_slots_per_rank must be None or >= 1, got {self.home_slots_per_rank}"
             )
         self._check_ranks()
 

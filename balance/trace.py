@@ -224,6 +224,8 @@ def _check_index(name: str, values: Any, num_tokens: int) -> np.ndarray:
         )
     if num_tokens and values_T.min() < 0:
         raise ValueError(f"{name} must not be negative, got {values_T.min()}")
+    if num_tokens and values_T.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must fit int32, got {values_T.max()}")
     return values_T.astype(np.int32)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from balance.checks import whole
 from balance.formats.routes import Routes, join
 
 
@@ -30,8 +31,8 @@ def decode_sglang(payload: str | bytes, num_layers: int, top_k: int) -> np.ndarr
         ValueError: when the payload is not base64, or not whole rows of these sizes.
     """
     raw = _from_base64(payload)
-    row_bytes = 4 * num_layers * top_k
-    if num_layers < 1 or top_k < 1 or len(raw) % row_bytes:
+    row_bytes = 4 * whole("num_layers", num_layers, 1) * whole("top_k", top_k, 1)
+    if len(raw) % row_bytes:
         raise ValueError(
             f"payload must be whole rows of {num_layers} layers, {top_k} int32 each, got "
             f"{len(raw)} bytes"
@@ -48,7 +49,7 @@ def decode_vllm(payload: str | bytes) -> np.ndarray:
         ValueError: when the payload is not base64 of an npy file with integers of rank 3.
     """
     raw = _from_base64(payload)
-    ids_TLK = np.load(io.BytesIO(raw), allow_pickle=False)
+    ids_TLK = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
     if ids_TLK.ndim != 3 or ids_TLK.dtype.kind not in "iu":
         raise ValueError(
             f"payload must hold integers of rank 3, got {ids_TLK.dtype} {list(ids_TLK.shape)}"
@@ -118,5 +119,5 @@ def _sglang_payloads(
 def _from_base64(payload: str | bytes) -> bytes:
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"payload must be base64, got {payload[:20]!r}: {error}") from error
+    except (binascii.Error, TypeError) as error:
+        raise ValueError(f"payload must be base64, got {str(payload)[:20]!r}: {error}") from error

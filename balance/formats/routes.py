@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from balance.checks import whole
 from balance.ids import check_ids, check_num_experts, inspect_ids
 from balance.packing import Order, pack
 from balance.trace import Trace
@@ -91,6 +92,8 @@ def join(
     if len(shapes) > 1:
         raise ValueError(f"sequences must agree in layers and top_k, got {sorted(shapes)}")
     lengths = [len(piece) for piece in pieces] if num_tokens_S is None else list(num_tokens_S)
+    if domain_S is not None and len(domain_S) != len(pieces):
+        raise ValueError(f"domain_S must have {len(pieces)} entries, got {len(domain_S)}")
     if len(lengths) != len(pieces):
         raise ValueError(f"num_tokens_S must have {len(pieces)} entries, got {len(lengths)}")
     completed = [_complete(piece, n) for piece, n in zip(pieces, lengths, strict=True)]
@@ -137,11 +140,12 @@ def select_layers(ids_TLK: np.ndarray, moe_layers: Sequence[int] | None) -> np.n
     ids_TLK = check_ids(ids_TLK)
     if moe_layers is None:
         return ids_TLK
-    if not len(moe_layers) or not all(0 <= layer < ids_TLK.shape[1] for layer in moe_layers):
+    layers = [whole("moe_layers", layer, 0) for layer in moe_layers]
+    if not layers or max(layers) >= ids_TLK.shape[1] or len(set(layers)) < len(layers):
         raise ValueError(
-            f"moe_layers must name layers below {ids_TLK.shape[1]}, got {list(moe_layers)}"
+            f"moe_layers must name layers below {ids_TLK.shape[1]}, each once, got {layers}"
         )
-    return ids_TLK[:, list(moe_layers)]
+    return ids_TLK[:, layers]
 
 
 def _layer_numbers(moe_layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

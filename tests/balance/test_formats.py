@@ -115,6 +115,36 @@ def test_vllm_float_payload_is_refused():
         formats.decode_vllm(to_vllm(np.zeros((2, 1, 1))))
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(None, id="None"),
+        pytest.param(base64.b64encode(b"PK\x03\x04" + bytes(60)), id="zip"),
+        pytest.param(base64.b64encode(b"hello"), id="text"),
+    ],
+)
+def test_vllm_payload_that_is_no_npy_file_is_refused(payload):
+    with pytest.raises(ValueError, match=r"payload must be base64|EOF|magic string"):
+        formats.decode_vllm(payload)
+
+
+def test_sizes_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="num_layers must be a whole number"):
+        formats.decode_sglang(base64.b64encode(bytes(16)), 1.0, 2)
+
+
+@pytest.mark.parametrize("moe_layers", [[0.0], [-1], [0, 0], [1], []], ids=str)
+def test_layers_that_are_not_recorded_once_are_refused(moe_layers):
+    with pytest.raises(ValueError, match="moe_layers must"):
+        formats.join([np.array([[[0, 1]]])], 2, moe_layers=moe_layers)
+
+
+def test_every_sequence_has_one_domain():
+    with pytest.raises(ValueError, match="domain_S must have 1 entries, got 2"):
+        formats.join([np.array([[[0, 1]]])], 2, domain_S=["a", "b"])
+
+
 def test_all_zero_layer_is_reported_with_its_number():
     ids_TLK = with_dense_layer(draw_ids(4, 1, 2, 8))
     with pytest.raises(ValueError, match=r"all 0 in a layer, got layers \[0\]"):

@@ -76,6 +76,7 @@ def test_mask_travels_with_its_tokens():
     [
         ({"order": "sorted"}, 'order must be "given", "shuffled" or "domain"'),
         ({"tokens_per_micro_batch": 0}, "tokens_per_micro_batch must be positive, got 0"),
+        ({"tokens_per_micro_batch": np.nan}, "tokens_per_micro_batch must be positive, got nan"),
         ({"num_ranks": 0}, "num_ranks must be positive, got 0"),
     ],
 )

@@ -96,9 +96,18 @@ def test_slots_need_a_trace(plan):
 
 
 def test_a_trace_that_was_not_planned_is_refused(plan):
-    ids_TLK = np.zeros((9, 1, 1), int)
-    with pytest.raises(ValueError, match="assignments that were planned"):
-        plan.slot_of_TK(0, 0, Trace(ids_TLK, np.zeros(9, int), np.zeros(9, int), 4))
+    for ids_T, num_experts in (([0] * 9, 4), ([0] * 8 + [3] * 3, 4), ([0] * 8 + [7] * 4, 8)):
+        ids_TLK, nothing_T = np.array(ids_T)[:, None, None], np.zeros(len(ids_T), int)
+        with pytest.raises(ValueError, match="assignments that were planned"):
+            plan.slot_of_TK(0, 0, Trace(ids_TLK, nothing_T, nothing_T, num_experts))
+
+
+def test_tokens_on_other_ranks_are_refused():
+    trace = Trace(np.zeros((4, 1, 1), int), np.zeros(4, int), np.arange(4) % 2, 2)
+    plan = make_plan(trace, Topology(1, 2))
+    for rank in (0, 5):
+        with pytest.raises(ValueError, match="assignments that were planned"):
+            plan.slot_of_TK(0, 0, trace.with_source_ranks(np.full(4, rank)))
 
 
 @pytest.mark.parametrize(("micro_batch", "layer"), [(2, 0), (-1, 0), (0, 1)])
