@@ -69,22 +69,22 @@ class Experts:
     expert(x) = down · (activation(gate · x) * (up · x)), or down · activation(up · x) without a
     gate; products have their bias added.
 
-    A weight may also lie with its last two axes swapped in memory, as gpt-oss has it: pass the
-    view ``weight_EH2I.mT``, which costs nothing.
+    Weights may also lie with their last two axes swapped in memory, as gpt-oss has them: say
+    ``transposed`` and pass the views ``weight_EH2I.mT``, which costs nothing.
 
     ===================== =======================================================================
     model                 experts
     ===================== =======================================================================
     Mixtral, Qwen, GLM4   ``Experts(gate_up_E2IH, down_EHI)``
     gpt-oss               ``Experts(gate_up_EH2I.mT, down_EIH.mT, gate_up_bias_E2I, down_bias_EH,
-                          "clamped_swiglu", interleaved=True)``
+                          "clamped_swiglu", interleaved=True, transposed=True)``
     Nemotron-H            ``Experts(up_EIH, down_EHI, activation="relu2", has_gate=False)``
     ===================== =======================================================================
 
     Attributes:
-        gate_up_E2IH: [E, 2I, H], gate rows first, then up rows; contiguous, or ``mT`` of such.
+        gate_up_E2IH: [E, 2I, H], gate rows first, then up rows; contiguous unless ``transposed``.
             [E, I, H] up rows alone without a gate.
-        down_EHI: [E, H, I], same dtype and device; contiguous, or ``mT`` of such.
+        down_EHI: [E, H, I], same dtype and device; contiguous unless ``transposed``.
         gate_up_bias_E2I: [E, 2I] float, in the order of the rows; [E, I] without a gate.
         down_bias_EH: [E, H] float; it is weighted with its expert.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" (relu squared) or
@@ -94,6 +94,7 @@ class Experts:
         has_gate: whether there are gate rows.
         interleaved: whether gate and up rows alternate, gate row first.
         shared: the expert that serves every token, if there is one.
+        transposed: whether both weights are ``mT`` of contiguous tensors.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -108,11 +109,12 @@ class Experts:
     has_gate: bool = True
     interleaved: bool = False
     shared: SharedExpert | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         """Check that the tensors belong together."""
-        check_weight("gate_up_E2IH", self.gate_up_E2IH)
-        check_weight("down_EHI", self.down_EHI)
+        check_weight("gate_up_E2IH", self.gate_up_E2IH, self.transposed)
+        check_weight("down_EHI", self.down_EHI, self.transposed)
         num_experts, hidden, intermediate = self.down_EHI.shape
         if min(self.down_EHI.shape) < 1:
             raise ValueError(f"down_EHI must not be empty, got {tuple(self.down_EHI.shape)}")

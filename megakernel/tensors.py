@@ -12,13 +12,15 @@ def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
     check_contiguous(name, tensor)
 
 
-def check_weight(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` is floating, has 3 axes and lies in one of the layouts we read."""
+def check_weight(name: str, tensor: Tensor, transposed: bool) -> None:
+    """Raise unless ``tensor`` is floating, has 3 axes and lies in memory as announced."""
     check_float(name, tensor, 3)
-    if not tensor.is_contiguous() and not tensor.mT.is_contiguous():
+    if transposed and not tensor.mT.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, or be so after .mT, got strides {tensor.stride()}"
+            f"{name} must be contiguous after .mT when transposed, got strides {tensor.stride()}"
         )
+    if not transposed:
+        check_contiguous(name, tensor)
 
 
 def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...], weight: Tensor) -> None:

@@ -99,10 +99,17 @@ def read_experts(experts: Any, shared: SharedExpert | None = None) -> Experts:
     biases: tuple[Tensor | None, Tensor | None] = (None, None)
     if experts.has_bias:
         biases = local(getattr(experts, f"{up_name}_bias")), local(experts.down_proj_bias)
+    transposed = bool(experts.is_transposed)
     if _is_gpt_oss(experts):
-        return Experts(up, down, *biases, "clamped_swiglu", experts.limit, interleaved=True)
+        return Experts(
+            up, down, *biases, "clamped_swiglu", experts.limit, interleaved=True,
+            transposed=transposed,
+        )  # fmt: skip
     activation = ACTIVATIONS[type(experts.act_fn).__name__]
-    return Experts(up, down, *biases, activation, has_gate=experts.has_gate, shared=shared)
+    return Experts(
+        up, down, *biases, activation, has_gate=experts.has_gate, shared=shared,
+        transposed=transposed,
+    )  # fmt: skip
 
 
 def local(weight: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def make_inputs(kind: Kind, dtype: torch.dtype = torch.float32) -> Inputs:
         biases = {"gate_up_bias_E2I": draw(E, height), "down_bias_EH": draw(E, width)}
     experts = Experts(
         gate_up, down, **biases, activation=kind.rule.activation, limit=kind.rule.limit,
-        has_gate=kind.rule.has_gate, interleaved=kind.rule.interleaved,
+        has_gate=kind.rule.has_gate, interleaved=kind.rule.interleaved, transposed=kind.transposed,
     )  # fmt: skip
     return Inputs(draw(T, width), draw(E, width), experts, biases)
 
@@ -134,6 +134,7 @@ def test_the_layout_in_memory_does_not_change_what_is_computed():
         upright.experts,
         gate_up_E2IH=gate_up.mT.contiguous().mT,
         down_EHI=down.mT.contiguous().mT,
+        transposed=True,
     )
     assert swapped.rule.gate_up_transposed and swapped.rule.down_transposed
     first, second = (
@@ -194,7 +195,15 @@ REFUSED = {
     ),
     "a stride of two": (
         lambda: Experts(torch.zeros(E, 2 * I, 2 * H)[:, :, ::2], torch.zeros(E, H, I)),
-        r"gate_up_E2IH must be contiguous, or be so after \.mT.*strides",
+        r"gate_up_E2IH must be contiguous.*strides",
+    ),
+    "transposed without saying so": (
+        lambda: Experts(torch.zeros(E, H, 2 * I).mT, torch.zeros(E, H, I)),
+        r"gate_up_E2IH must be contiguous.*strides",
+    ),
+    "transposed only in words": (
+        lambda: Experts(torch.zeros(E, 2 * I, H), torch.zeros(E, H, I), transposed=True),
+        r"gate_up_E2IH must be contiguous after \.mT when transposed.*strides",
     ),
     "a bias that wants grad": (
         lambda: moe_routed(
