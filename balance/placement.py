@@ -46,8 +46,9 @@ def reorder_homes(
 ) -> np.ndarray:
     """Choose the home rank of every expert of every layer.
 
-    Without a budget: longest load first onto nodes, swaps between nodes, then longest load first
-    onto the ranks of each node. With a budget: only swaps, best first, from the previous homes.
+    Without a budget: swaps between nodes, from the previous homes and from longest load first,
+    whichever ends better; then longest load first onto the ranks of each node. With a budget:
+    only swaps, best first, from the previous homes.
 
     Args:
         load_BLE: assignments per micro-batch, layer and expert.
@@ -66,9 +67,16 @@ def reorder_homes(
         nearness = Nearness(nearness.weight, near_LED, nearness.together_LEE)
     rank_LE = np.searchsorted(present.ranks, previous_LE)
     limits = Limits(rank_LE, move_budget, None)
+    # The previous homes first: of equal ends, the one with fewer moves.
+    starts = [rank_LE] if move_budget is not None or nearness is None else []
     if move_budget is None:
-        rank_LE = _spread_over_nodes(load_LBE, present)
-    rank_LE = _swap(load_LBE, rank_LE, present, present.node_of_D, limits, nearness)
+        starts.append(_spread_over_nodes(load_LBE, present))
+    ends = [
+        _swap(load_LBE, start_LE, present, present.node_of_D, limits, nearness)
+        for start_LE in starts
+    ]
+    time_SL = [_slowest_node_L(load_LBE, end_LE, present) for end_LE in ends]
+    rank_LE = np.stack(ends)[np.argmin(time_SL, axis=0), np.arange(len(rank_LE))]
     if move_budget is None:
         rank_LE = spread_inside_nodes(load_LBE.sum(1), rank_LE, present)
     # Spare slots level the ranks of a node better than swaps, which matter where there are none,
@@ -78,6 +86,14 @@ def reorder_homes(
         every_rank = np.arange(len(present.ranks))
         rank_LE = _swap(load_LBE, rank_LE, present, every_rank, limits, nearness)
     return present.ranks[rank_LE]
+
+
+def _slowest_node_L(load_LBE: np.ndarray, rank_LE: np.ndarray, present: Present) -> np.ndarray:
+    """Time of the slowest node, summed over micro-batches."""
+    load_BLD = present.rank_load(load_LBE.transpose(1, 0, 2), rank_LE)
+    at_node_DN = present.node_of_D[:, None] == np.arange(present.node_of_D.max() + 1)
+    speed_N = present.speed_D @ at_node_DN
+    return (load_BLD @ at_node_DN / speed_N).max(2).sum(0)
 
 
 def _swap(
