@@ -209,6 +209,11 @@ class KernelSpec:
         return self.combine_tokens, self.block_h
 
     @property
+    def combine_unroll(self) -> int:
+        """Choices whose rows are loaded together."""
+        return min(self.top_k, 8)
+
+    @property
     def first_tile_counter(self) -> int:
         """Index of the first row tile's counter."""
         return self.FIRST_GROUP + self.num_groups

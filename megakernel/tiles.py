@@ -218,7 +218,8 @@ def combine_tile(
         column = (group * C.group_blocks + block) * C.block_h + tl.arange(0, C.block_h)
         inside = (column < C.hidden)[None, :]
         acc = tl.full(C.combine_tile, 0.0, tl.float32)
-        for k in range(C.top_k):
+        # Unrolled, the loads of several choices are in flight at once; the sum keeps its order.
+        for k in tl.range(0, C.top_k, loop_unroll_factor=C.combine_unroll):
             place = token.to(tl.int64) * C.top_k + k
             row = tl.load(row_of_TK + place, mask=live, other=-1)
             held = row >= 0
