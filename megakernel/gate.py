@@ -18,7 +18,7 @@ def store_logits(x_TH, router_EH, bias_E, logits_TE, first_token, num_tokens, C:
     for first_expert in range(0, C.num_experts, C.block_experts):
         expert = first_expert + tl.arange(0, C.block_experts)
         acc = tl.full(C.logits_tile, 0.0, tl.float32)
-        for first_column in tl.range(0, C.hidden, C.step, num_stages=2):
+        for first_column in tl.range(0, C.hidden, C.step, num_stages=C.num_stages):
             column = first_column + tl.arange(0, C.step)
             inside = (column < C.hidden)[None, :]
             x = tl.load(
