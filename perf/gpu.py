@@ -27,7 +27,7 @@ from perf.record import ROOT, provenance
 from perf.suites import run_suite
 
 TOTAL_SECONDS = 520.0
-TEST_SECONDS = 130.0
+TEST_SECONDS = 170.0
 # In the order they run: what the goals are about first.
 SECONDS_OF_SUITE = {
     "forward": 130.0,
@@ -91,13 +91,20 @@ def precompile() -> Iterator[None]:
 def run_tests(clock: Clock) -> list[str]:
     """Run the tests that need a GPU in a process of their own."""
     budget = clock.budget(TEST_SECONDS)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-x"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu and not slow",
+        "--maxfail=5",
+        "tests/gpu",
+    ]
     try:
         status = subprocess.run(command, cwd=ROOT, timeout=budget).returncode
     except subprocess.TimeoutExpired:
         return [f"tests: not done after {budget:.0f} s"]
-    no_test_ran = 5
-    return [] if status in (0, no_test_ran) else [f"tests: pytest exited with {status}"]
+    return [f"tests: pytest exited with {status}"] if status else []
 
 
 def run_suites(
