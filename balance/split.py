@@ -173,6 +173,14 @@ def _serve(
 def settle(
     load_XD: np.ndarray, holds_XD: np.ndarray, limit_1D: torch.Tensor, speed_D: torch.Tensor
 ) -> np.ndarray:
+    """Move a split under the first limits, from these on, that some split over the copies meets.
+
+    Args:
+        load_XD: int64 split to start from.
+        holds_XD: bool, where load may go.
+        limit_1D: int64 most load per rank, one row.
+        speed_D: float64, > 0.
+    """
     result = flow.fit_under(load_XD, holds_XD, limit_1D[0].numpy())
     while result.stuck_D is not None:
         limit_1D = raise_limits(limit_1D, speed_D)
