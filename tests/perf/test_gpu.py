@@ -52,7 +52,7 @@ def test_red_tests_are_a_failure(monkeypatch):
     )
     clock = gpu.Clock(time.monotonic() + 1000)
     assert gpu.run_tests(clock) == []
-    assert gpu.run_tests(clock) == []
+    assert gpu.run_tests(clock) == ["tests: pytest exited with 5"]  # no test ran
     assert gpu.run_tests(clock) == ["tests: pytest exited with 1"]
 
 
