@@ -88,8 +88,8 @@ class RooflineCosts:
         machine: the GPU.
         heights: row tile heights to choose from, the least that holds a tile's rows being used;
             more than one asks "what if", since the kernel has one.
-        choices_in_flight: choices of a token that the combine loads at once; more than one asks
-            "what if", since the compiled loop has one.
+        choices_in_flight: choices of a token that the combine loads at once; None for as many as
+            the kernel does, any other number asks "what if".
     """
 
     spec: KernelSpec
@@ -98,7 +98,7 @@ class RooflineCosts:
     num_workers: int
     machine: Machine = H200
     heights: tuple[int, ...] = ()
-    choices_in_flight: int = 1
+    choices_in_flight: int | None = None
     _traffic: float = 0.0
     _last_use: dict[tuple, float] = field(default_factory=dict)
 
@@ -182,8 +182,9 @@ class RooflineCosts:
         hit = min(1.0, machine.cache_bytes / (self.num_tokens * spec.top_k * width_bytes))
         read = spec.combine_tokens * spec.top_k * width_bytes
         busy = min(self.num_workers, -(-self.num_tokens // spec.combine_tokens))
-        # One block of columns after the other; for each choice its row id, then its values.
-        rounds = spec.group_blocks * -(-spec.top_k // self.choices_in_flight)
+        # One block of columns after the other; for some choices their row ids, then their values.
+        in_flight = self.choices_in_flight or spec.combine_unroll
+        rounds = spec.group_blocks * -(-spec.top_k // in_flight)
         latency_us = rounds * 2 * machine.latency_us
         moved = (1 - hit) * read + spec.combine_tokens * width_bytes
         return Demand(0.0, max(self._read_us(read, busy), latency_us), moved)
@@ -203,7 +204,7 @@ class RooflineCosts:
         step_us = max(
             self._product_us(spec.block_tokens, spec.block_experts, spec.step, busy),
             self._read_us(read, busy),
-            machine.latency_us,  # its pipeline has two stages: one load in flight
+            machine.latency_us / max(spec.num_stages - 1, 1),
         )
         return steps * step_us + chunks * (2 * machine.latency_us + scans * machine.scan_us)
 

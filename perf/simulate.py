@@ -173,7 +173,7 @@ def predict(
     mode: str = "live",
     machine: Machine = H200,
     heights: tuple[int, ...] = (),
-    choices_in_flight: int = 1,
+    choices_in_flight: int | None = None,
 ) -> Prediction:
     """Predict a launch with roofline costs; the last two arguments as in RooflineCosts."""
     launch = make_launch(model, num_tokens, load_E, config, mode, machine)

@@ -80,9 +80,25 @@ def test_shorter_tiles_for_tails_never_cost_more_product():
 
 def test_loading_all_choices_at_once_makes_a_combine_shorter():
     _, costs = costs_of()
-    at_once = replace(costs, choices_in_flight=8)
-    assert costs._combine().steps_us == 4 * 8 * 2 * H200.latency_us
-    assert at_once._combine().steps_us < costs._combine().steps_us / 4
+    one_by_one = replace(costs, choices_in_flight=1)
+    assert one_by_one._combine().steps_us == 4 * 8 * 2 * H200.latency_us
+    assert costs._combine().steps_us < one_by_one._combine().steps_us / 4
+
+
+@pytest.mark.parametrize(
+    ("top_k", "rounds"),
+    [(1, 1), (8, 1), (9, 2), (17, 3)],
+    ids=["one choice", "all at once", "one too many", "two loops and a rest"],
+)
+def test_a_combine_loads_as_many_choices_at_once_as_the_kernel(top_k, rounds):
+    model = replace(QWEN, top_k=top_k)
+    _, costs = costs_of(model, np.full(128, 1))  # so few tokens that only latency counts
+    assert costs._combine().steps_us == pytest.approx(4 * rounds * 2 * H200.latency_us)
+
+
+def test_more_stages_hide_more_of_the_gates_latency():
+    (_, two), (_, three) = (costs_of(num_stages=stages) for stages in (2, 3))
+    assert three._gate() < two._gate()
 
 
 def test_a_replayed_gate_selects_nothing_and_costs_less():
