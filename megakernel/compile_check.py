@@ -1,5 +1,7 @@
 """Compile the shipped configs for sm_90 on any machine, and read what they cost from the cubins.
 
+Every model is compiled as its users call it: with its router, biases, layout and shared expert.
+
 ``python -m megakernel.compile_check [--json]`` exits with 1 when a config breaks a rule of
 :func:`broken_rules`, and names both.
 """
@@ -21,33 +23,48 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from megakernel.api import shared_arguments
 from megakernel.config import SHARED_LIMIT_BYTES, SHIPPED, KernelConfig, default_height
-from megakernel.kernel import Routing, Rows, moe_kernel
+from megakernel.kernel import Biases, Routing, Rows, Slots, moe_kernel
 from megakernel.launch import NO_SLOTS, Layer, kernel_arguments, make_spec
-from megakernel.models import MODELS, ModelShape
-from megakernel.rules import GateRule
+from megakernel.layer import Router
+from megakernel.models import KIND_OF_MODEL, KINDS, MODELS, ModelShape
 from megakernel.sass import Code, CubinReport, read_cubin, workers_per_sm
 from megakernel.spec import KernelSpec
 from megakernel.workspace import Workspace
 
 ROUTE_OF_MODE = {"live": "live", "routed": "given", "replay": "replay"}
+# One model also with its experts in slots: copies take turns, or the caller names the slot.
+PLACED_MODEL = "Qwen3-30B-A3B"
+MODE_OF_SPLIT = {"even": "live", "slot": "routed"}
+NUM_SLOTS_OVER_EXPERTS, MAX_COPIES = 32, 4
 TOKENS_OF_PHASE = {"decode": (1, 8, 64), "prefill": (1024, 8192, 32768)}
 WGMMA_ROWS = 64  # the least height that wgmma can serve
 NUM_PROCESSES = 2
 SHOWN_LINES = 8
 COLUMNS = (
-    "config", "model", "mode", "registers", "spill_bytes", "shared_bytes", "workers_per_sm",
-    "wgmma", "mma", "async_16_byte_loads", "tma_loads", "gemm_loop_local_ops",
+    "config", "model", "kind", "mode", "split", "registers", "spill_bytes", "shared_bytes",
+    "workers_per_sm", "wgmma", "mma", "async_16_byte_loads", "tma_loads", "gemm_loop_local_ops",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One compilation: a shipped config by name, a model, and a key of ROUTE_OF_MODE."""
+    """One compilation.
+
+    Attributes:
+        config_name: of a shipped config.
+        model: sizes of the layer.
+        mode: key of ROUTE_OF_MODE.
+        kind: key of KINDS, what the layer computes.
+        split: see KernelSpec.
+    """
 
     config_name: str
     model: ModelShape
     mode: str
+    kind: str = "plain"
+    split: str = "one"
 
     @property
     def config(self) -> KernelConfig:
@@ -56,8 +73,8 @@ class CompileCase:
     @property
     def spec(self) -> KernelSpec:
         """What the compiler must know; cases with equal specs compile to the same code."""
-        layer = make_layer(self.model, self.mode, self.config.block_rows)
-        spec = make_spec(layer, ROUTE_OF_MODE[self.mode], "one", GateRule(), self.config)
+        route, router = ROUTE_OF_MODE[self.mode], make_router(self)
+        spec = make_spec(make_layer(self), route, self.split, router.rule, self.config)
         return replace(spec, interpreted=False)
 
     @property
@@ -71,7 +88,7 @@ class CompileCase:
         ]
 
     def __str__(self) -> str:
-        return f"{self.config_name} for {self.model.name}, {self.mode}"
+        return f"{self.config_name} for {self.model.name}, {self.mode}, split {self.split}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class CaseReport:
     """What one case costs.
 
     Attributes:
-        config, model, mode: of the case.
+        config, model, mode, kind, split: of the case.
         default_for: phases (decode, prefill) in which the config is the default.
         block_rows, block_tokens: heights of the config's row tile and token tile.
         registers: per thread.
@@ -110,6 +127,8 @@ class CaseReport:
     config: str
     model: str
     mode: str
+    kind: str
+    split: str
     default_for: list[str]
     block_rows: int
     block_tokens: int
@@ -144,13 +163,19 @@ def broken_rules(report: CaseReport) -> list[str]:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return every shipped config for every named model and mode."""
-    return [
-        CompileCase(config_name, model, mode)
+    """Return every shipped config for every named model and mode, and for slots."""
+    unplaced = [
+        CompileCase(config_name, model, mode, KIND_OF_MODEL[model.name])
         for model in MODELS.values()
         for config_name in SHIPPED
         for mode in ROUTE_OF_MODE
     ]
+    placed = [
+        CompileCase(config_name, MODELS[PLACED_MODEL], mode, KIND_OF_MODEL[PLACED_MODEL], split)
+        for config_name in SHIPPED
+        for split, mode in MODE_OF_SPLIT.items()
+    ]
+    return unplaced + placed
 
 
 def check(
@@ -165,11 +190,12 @@ def check(
     Raises:
         RuntimeError: a case does not compile; the message names it.
     """
-    keys = [(case.spec, case.config.num_warps) for case in cases]
-    distinct: dict[tuple[KernelSpec, int], CompileCase] = {}
+    # A spec does not say which biases there are: kinds of equal specs differ in them.
+    keys = [(case.spec, case.config.num_warps, case.kind) for case in cases]
+    distinct: dict[tuple[KernelSpec, int, str], CompileCase] = {}
     for key, case in zip(keys, cases, strict=True):
         distinct.setdefault(key, case)
-    cubins: dict[tuple[KernelSpec, int], CubinReport] = {}
+    cubins: dict[tuple[KernelSpec, int, str], CubinReport] = {}
     started = time.monotonic()
     context = get_context("spawn")
     with _interpreter_off(), ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
@@ -191,8 +217,7 @@ def compile_case(case: CompileCase) -> CubinReport:
     For a process of its own: the driver stays, and the process must not interpret kernels.
     """
     triton.runtime.driver.set_active(_Sm90())
-    layer = make_layer(case.model, case.mode, case.config.block_rows)
-    arguments = kernel_arguments(layer, case.spec, 1, Workspace(torch.device("meta")))
+    arguments = kernel_arguments(make_layer(case), case.spec, 1, Workspace(torch.device("meta")))
     num_workers = max_polls = 1  # runtime values the code does not depend on
     compiled = moe_kernel.warmup(
         *arguments, num_workers, max_polls, C=case.spec, num_warps=case.config.num_warps, grid=(1,)
@@ -213,30 +238,57 @@ class _Sm90:
         return GPUTarget("cuda", 90, 32)
 
 
-def make_layer(model: ModelShape, mode: str, block_rows: int) -> Layer:
+def make_router(case: CompileCase) -> Router:
+    """Return the router of a case; a given routing has none but the default."""
+    router, _ = KINDS[case.kind](case.model)
+    return Router(case.model.top_k) if case.mode == "routed" else router
+
+
+def make_layer(case: CompileCase) -> Layer:
     """Return a bfloat16 layer without storage: shapes, dtypes and alignment of a real call."""
-    E, H, I, K = model.num_experts, model.hidden, model.intermediate, model.top_k
+    model, router = case.model, make_router(case)
+    _, experts = KINDS[case.kind](model)
     T = num_tiles = 1
-    has_gate = mode != "routed"
-    ids_TK = _meta(T, K, dtype=torch.int32)
+    has_gate = case.mode != "routed"
+    x_TH = _meta(T, model.hidden)
+    routing = make_routing(case, T)
     table = _meta(num_tiles, dtype=torch.int32)
-    rows_C = _meta(num_tiles * block_rows, dtype=torch.int32)
-    rows = Rows(None, None, None, None, ids_TK, rows_C, table, table)
+    rows_C = _meta(num_tiles * case.config.block_rows, dtype=torch.int32)
+    rows = Rows(None, None, None, None, routing.expert_of_TK, rows_C, table, table)
     return Layer(
-        x_TH=_meta(T, H),
-        router_EH=_meta(E, H) if has_gate else None,
-        gate_up_E2IH=_meta(E, 2 * I, H),
-        down_EHI=_meta(E, H, I),
-        routing=Routing(
-            expert_of_TK=ids_TK,
-            gate_TK=_meta(T, K, dtype=torch.float32),
-            logits_TE=_meta(T, E, dtype=torch.float32) if has_gate else None,
-            slot_of_TK=None,
-        ),
-        slots=NO_SLOTS,
-        replay_rows=rows if mode == "replay" else None,
-        y_TH=_meta(T, H),
+        x_TH,
+        _meta(model.num_experts, model.hidden) if has_gate else None,
+        experts.gate_up_E2IH,
+        experts.down_EHI,
+        routing,
+        NO_SLOTS if case.split == "one" else make_slots(model.num_experts),
+        rows if case.mode == "replay" else None,
+        _meta(T, model.hidden),
+        Biases(router.bias_E, router.correction_bias_E, *experts.biases),
+        experts.rule,
+        *shared_arguments(experts.shared, x_TH),
     )
+
+
+def make_routing(case: CompileCase, num_tokens: int) -> Routing:
+    """Return the routing's tensors: inputs and outputs as in the calls of the mode."""
+    shape_TK, num_experts = (num_tokens, case.model.top_k), case.model.num_experts
+    ids_TK = _meta(*shape_TK, dtype=torch.int32)
+    has_gate = case.mode != "routed"
+    return Routing(
+        expert_of_TK=ids_TK,
+        gate_TK=_meta(*shape_TK, dtype=torch.float32),
+        logits_TE=_meta(num_tokens, num_experts, dtype=torch.float32) if has_gate else None,
+        slot_of_TK=ids_TK if case.split == "slot" else None,
+        load_E=_meta(num_experts, dtype=torch.int32) if case.mode == "live" else None,
+    )
+
+
+def make_slots(num_experts: int) -> Slots:
+    """Return the tables of a placement with some replicas."""
+    num_slots = num_experts + NUM_SLOTS_OVER_EXPERTS
+    shapes = ((num_slots,), (num_slots,), (num_experts,), (num_experts, MAX_COPIES))
+    return Slots(*(_meta(*shape, dtype=torch.int32) for shape in shapes))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -250,6 +302,8 @@ def make_report(case: CompileCase, cubin: CubinReport) -> CaseReport:
         config=case.config_name,
         model=case.model.name,
         mode=case.mode,
+        kind=case.kind,
+        split=case.split,
         default_for=case.default_for,
         block_rows=case.config.block_rows,
         block_tokens=case.config.block_tokens,
@@ -336,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports = check(cases, lambda line: print(line, file=sys.stderr, flush=True))
     print(format_json(reports) if wanted.json else format_table(reports))
     failures = [
-        f"FAILED {one.config} for {one.model}, {one.mode}: {rule}"
+        f"FAILED {one.config} for {one.model}, {one.mode}, split {one.split}: {rule}"
         for one in reports
         for rule in broken_rules(one)
     ]

@@ -1,6 +1,12 @@
 """The MoE layers of public models, by name: what the configs are compiled and measured for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megakernel.layer import Experts, Router, SharedExpert
 
 
 @dataclass(frozen=True)
@@ -35,3 +41,46 @@ _SHAPES = (
     ModelShape("JoyAI-LLM Flash", 256, 8, 2048, 768, 39),
 )
 MODELS = {shape.name: shape for shape in _SHAPES}
+
+
+def plain(model: ModelShape) -> tuple[Router, Experts]:
+    """Softmax over the chosen experts and SwiGLU, without biases."""
+    E, H, I = model.num_experts, model.hidden, model.intermediate
+    return Router(model.top_k), Experts(_meta(E, 2 * I, H), _meta(E, H, I))
+
+
+def gpt_oss(model: ModelShape) -> tuple[Router, Experts]:
+    """Biases everywhere; gate and up rows alternate, and both weights are transposed."""
+    E, H, I = model.num_experts, model.hidden, model.intermediate
+    experts = Experts(
+        _meta(E, H, 2 * I).mT, _meta(E, I, H).mT, _meta(E, 2 * I), _meta(E, H),
+        "clamped_swiglu", interleaved=True, transposed=True,
+    )  # fmt: skip
+    return Router(model.top_k, bias_E=_meta(E)), experts
+
+
+def deepseek_v3(model: ModelShape) -> tuple[Router, Experts]:
+    """Sigmoid scores, 4 of 8 groups, and one shared expert as wide as a routed one."""
+    E, H, I = model.num_experts, model.hidden, model.intermediate
+    router = Router(
+        model.top_k, "sigmoid", scale=2.5, correction_bias_E=_meta(E, dtype=torch.float32),
+        num_groups=8, top_groups=4,
+    )  # fmt: skip
+    shared = SharedExpert(_meta(I, H), _meta(I, H), _meta(H, I))
+    return router, Experts(_meta(E, 2 * I, H), _meta(E, H, I), shared=shared)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# What a layer computes, as a caller would hand it in, bfloat16 and without storage.
+KINDS: dict[str, Callable[[ModelShape], tuple[Router, Experts]]] = {
+    "plain": plain,
+    "gpt-oss": gpt_oss,
+    "DeepSeek-V3": deepseek_v3,
+}
+KIND_OF_MODEL = {name: "plain" for name in MODELS} | {
+    "gpt-oss-120b": "gpt-oss",
+    "DeepSeek-V3 routed": "DeepSeek-V3",
+}

@@ -21,15 +21,17 @@ from megakernel.compile_check import (
     format_json,
     format_table,
     main,
+    make_layer,
 )
 from megakernel.config import SHIPPED
-from megakernel.models import MODELS
+from megakernel.models import KINDS, MODELS
+from megakernel.rules import ExpertRule, GateRule
 from megakernel.sass import Code, CubinReport, Instruction
 
 CLEAN = CaseReport(
-    config="tall", model="OLMoE", mode="live", default_for=["prefill"], block_rows=128,
-    block_tokens=64, registers=255, spill_bytes=0, shared_bytes=98_328, workers_per_sm=2, wgmma=28,
-    mma=0, async_16_byte_loads=64, tma_loads=9, gemm_loop_local_ops=0,
+    config="tall", model="OLMoE", mode="live", kind="plain", split="one", default_for=["prefill"],
+    block_rows=128, block_tokens=64, registers=255, spill_bytes=0, shared_bytes=98_328,
+    workers_per_sm=2, wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9, gemm_loop_local_ops=0,
     gemm_loops=(LoopReport(0x1E50, 0x2F00, 16, 0, 8, 2, ()),), spills_of_source={},
 )  # fmt: skip
 SPILL = "0x1f00: LDL R3, [R1+0x8]  [tiles.py:70]"
@@ -112,9 +114,59 @@ def test_the_table_shows_every_figure_and_where_it_spills() -> None:
 
 
 def test_every_shipped_config_is_compiled_for_every_model_and_mode() -> None:
-    cases = {(case.config_name, case.model.name, case.mode) for case in compile_cases()}
+    cases = {
+        (case.config_name, case.model.name, case.mode)
+        for case in compile_cases()
+        if case.split == "one"
+    }
     modes = ("live", "routed", "replay")
     assert cases == {(c, name, mode) for c in SHIPPED for name in MODELS for mode in modes}
+
+
+def test_every_shipped_config_is_compiled_with_a_placement_and_with_named_slots() -> None:
+    cases = {(case.config_name, case.split) for case in compile_cases() if case.split != "one"}
+    assert cases == {(config_name, split) for config_name in SHIPPED for split in ("even", "slot")}
+
+
+def test_no_two_cases_are_the_same() -> None:
+    assert len(set(compile_cases())) == len(compile_cases())
+
+
+def cases_of(name: str) -> list[CompileCase]:
+    return [case for case in compile_cases() if case.model.name == name]
+
+
+@pytest.mark.parametrize("case", cases_of("gpt-oss-120b"), ids=str)
+def test_gpt_oss_is_compiled_with_its_experts_and_biases(case: CompileCase) -> None:
+    layer = make_layer(case)
+    assert case.spec.expert == ExpertRule("clamped_swiglu", 7.0, True, True, True, True)
+    assert layer.biases.gate_up_E2I is not None and layer.biases.down_EH is not None
+    assert (layer.biases.router_E is None) == (case.mode == "routed")
+    assert case.spec.weight_tma
+
+
+@pytest.mark.parametrize("case", cases_of("DeepSeek-V3 routed"), ids=str)
+def test_deepseek_v3_is_compiled_with_its_router_and_shared_expert(case: CompileCase) -> None:
+    has_gate = case.mode != "routed"
+    rule = GateRule("sigmoid", True, 2.5, 8, 4) if has_gate else GateRule()
+    assert case.spec.gate == rule
+    assert (make_layer(case).biases.correction_E is not None) == has_gate
+    assert case.spec.shared_width == 2048
+
+
+@pytest.mark.parametrize(("split", "mode"), [("even", "live"), ("slot", "routed")])
+def test_a_placement_has_more_slots_than_experts(split: str, mode: str) -> None:
+    case = replace(CASE, split=split, mode=mode)
+    layer = make_layer(case)
+    assert case.spec.split == split
+    assert case.spec.num_slots > case.spec.num_experts and case.spec.max_copies > 1
+    assert (layer.routing.slot_of_TK is not None) == (split == "slot")
+
+
+def test_only_a_live_launch_counts_choices() -> None:
+    counting = [m for m in ("live", "routed", "replay")
+                if make_layer(replace(CASE, mode=m)).routing.load_E is not None]  # fmt: skip
+    assert counting == ["live"]
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
@@ -155,9 +207,18 @@ def test_equal_specs_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done[0].startswith("1/1  tall for OLMoE, live")
 
 
+def test_kinds_compile_apart_even_with_equal_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_check, "compile_case", fake_compile)
+    monkeypatch.setitem(KINDS, "twin", KINDS["plain"])
+    twin, done = replace(CASE, kind="twin"), []
+    assert CASE.spec == twin.spec
+    assert [one.kind for one in check([CASE, twin], done.append)] == ["plain", "twin"]
+    assert len(done) == 2
+
+
 def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", failing_compile)
-    message = "tall for OLMoE, live does not compile: too many words"
+    message = "tall for OLMoE, live, split one does not compile: too many words"
     with pytest.raises(RuntimeError, match=message):
         check([CASE])
 
@@ -166,7 +227,7 @@ def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) 
     ("report", "status", "complaint"),
     [
         (CLEAN, 0, ""),
-        (SPILLING, 1, "FAILED tall for OLMoE, live: no spill inside a GEMM loop"),
+        (SPILLING, 1, "FAILED tall for OLMoE, live, split one: no spill inside a GEMM loop"),
     ],
     ids=["clean", "spilling"],
 )
