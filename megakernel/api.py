@@ -77,7 +77,8 @@ def moe(
         make_load = x_TH.new_empty if len(x_TH) else x_TH.new_zeros
         load_E = make_load(experts.num_experts, dtype=torch.int32)
     else:
-        check_replay(replay, placement, experts, shape_TK, x_TH, config)
+        check_replay(replay, placement, experts, shape_TK, x_TH)
+        replay = replay.of_height(config.block_rows)
         expert_of_TK, load_E = replay.expert_of_TK, replay.load_E
     gate_TK = x_TH.new_empty(shape_TK, dtype=torch.float32)
     logits_TE = x_TH.new_empty((len(x_TH), experts.num_experts), dtype=torch.float32)

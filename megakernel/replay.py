@@ -1,6 +1,6 @@
 """Row tables of a routing that is known ahead of the step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from megakernel.placement import Placement, check_ids
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """A recorded routing, sorted into rows; valid for one row tile height.
+    """A recorded routing, sorted into rows of one tile height.
+
+    Prepared with a config, it is for that height alone. Prepared without one, it is for the height
+    of the default, and makes tables for another when a call's config first asks for it.
 
     Attributes:
         expert_of_TK: [T, K] int32, the forced ids.
@@ -22,6 +25,7 @@ class Replay:
         rows: the kernel's tables.
         load_E: [E] int32, choices per expert.
         placement: what the tables were built for.
+        is_fixed: whether a config was given.
     """
 
     expert_of_TK: Tensor
@@ -31,6 +35,27 @@ class Replay:
     rows: Rows
     load_E: Tensor
     placement: Placement | None
+    is_fixed: bool
+    other_heights: dict[int, "Replay"] = field(default_factory=dict, repr=False)
+
+    def of_height(self, block_rows: int) -> "Replay":
+        """Return the replay for a tile height; builds tables (and synchronises) once per height.
+
+        Raises:
+            ValueError: if it was prepared for another height alone.
+        """
+        if block_rows == self.block_rows:
+            return self
+        if self.is_fixed:
+            raise ValueError(
+                f"replay must be prepared with block_rows={block_rows} as in config, "
+                f"got {self.block_rows}"
+            )
+        if block_rows not in self.other_heights:
+            self.other_heights[block_rows] = sort_into_rows(
+                self.expert_of_TK, self.num_experts, self.placement, block_rows, is_fixed=True
+            )
+        return self.other_heights[block_rows]
 
 
 def prepare_replay(
@@ -49,34 +74,45 @@ def prepare_replay(
         expert_of_TK: [T, K] integer ids in [0, E), distinct within a token; -1 is no expert.
         num_experts: E.
         placement: experts in slots; identity when None.
-        config: the config of the launches to come; None for the default.
+        config: the config of the launches to come; None for the default, or for any: see Replay.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
     """
     check_routing(expert_of_TK, num_experts, placement)
     ids_TK = expert_of_TK.int().contiguous()
-    if config is None:
-        # Of the default only the tile height matters here, and 16-bit weights are the rule.
-        config = default_config(ids_TK.numel(), num_experts, torch.bfloat16, ids_TK.device)
+    if config is not None:
+        return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
+    # Of the default only the tile height matters here, and 16-bit weights are the rule.
+    default = default_config(ids_TK.numel(), num_experts, torch.bfloat16, ids_TK.device)
+    return sort_into_rows(ids_TK, num_experts, placement, default.block_rows, is_fixed=False)
+
+
+def sort_into_rows(
+    ids_TK: Tensor,
+    num_experts: int,
+    placement: Placement | None,
+    block_rows: int,
+    is_fixed: bool,
+) -> Replay:
+    """Build the tables of checked int32 ids for one tile height."""
     slot_A, ordinal_A, num_slots = slots_of_assignments(ids_TK, num_experts, placement)
     rows_of_P = torch.bincount(slot_A[slot_A >= 0], minlength=num_slots)
-    tiles_of_P = (rows_of_P + config.block_rows - 1) // config.block_rows
+    tiles_of_P = (rows_of_P + block_rows - 1) // block_rows
     tile_start_P = tiles_of_P.cumsum(0) - tiles_of_P
     num_tiles = int(tiles_of_P.sum())
-    row_A = tile_start_P[slot_A.clamp(min=0)] * config.block_rows + ordinal_A
+    row_A = tile_start_P[slot_A.clamp(min=0)] * block_rows + ordinal_A
     row_A = torch.where(slot_A >= 0, row_A, -1)
 
     assignment_A = torch.arange(len(slot_A), device=ids_TK.device)
     assignment_of_C = torch.zeros(
-        max(num_tiles, 1) * config.block_rows, dtype=torch.int64, device=ids_TK.device
+        max(num_tiles, 1) * block_rows, dtype=torch.int64, device=ids_TK.device
     )
     assignment_of_C[row_A[row_A >= 0]] = assignment_A[row_A >= 0]
     slot_of_tile = torch.repeat_interleave(tiles_of_P)
-    first_row = (torch.arange(num_tiles, device=ids_TK.device) - tile_start_P[slot_of_tile]) * (
-        config.block_rows
-    )
-    rows_of_tile = (rows_of_P[slot_of_tile] - first_row).clamp(max=config.block_rows)
+    tile_of_slot = torch.arange(num_tiles, device=ids_TK.device) - tile_start_P[slot_of_tile]
+    rows_left = rows_of_P[slot_of_tile] - tile_of_slot * block_rows
+    rows_of_tile = rows_left.clamp(max=block_rows)
     expert_of_P = placement.expert_of_P if placement else torch.arange(num_experts)
     expert_of_tile = expert_of_P.to(ids_TK.device)[slot_of_tile]
     rows = Rows(
@@ -84,7 +120,7 @@ def prepare_replay(
         expert_of_tile.int(), rows_of_tile.int(),
     )  # fmt: skip
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
-    return Replay(ids_TK, num_experts, config.block_rows, num_tiles, rows, load_E, placement)
+    return Replay(ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed)
 
 
 def slots_of_assignments(

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakernel import KernelConfig, Placement, moe_routed, prepare_replay
+from megakernel.config import INTERPRETER
 from megakernel.replay import stable_rank
 from megakernel.workspace import workspace_for
 from tests.cases import SHAPES
-from tests.support import SMALL, assert_same_bits, make_inputs
+from tests.support import SMALL, assert_same_bits, make_inputs, run
 
 NUM_EXPERTS = 5
 
@@ -76,6 +77,17 @@ def test_named_slots_are_used():
     placement = Placement(torch.tensor([0, 1, 1]), torch.tensor([[0, 2], [1, 0]]))
     rows = prepare_replay(ids_TK, 2, placement, SMALL).rows
     assert (rows.row_of_TK // SMALL.block_rows).tolist() == [[0, 2], [1, 0]]
+
+
+def test_without_a_config_a_replay_serves_any_height_and_sorts_once_for_each():
+    inputs = make_inputs(SHAPES[0])
+    live = run(inputs)
+    replay = prepare_replay(live.expert_of_TK, inputs.case.E)
+    for _ in range(2):
+        assert_same_bits(actual=run(inputs, replay=replay).y_TH, expected=live.y_TH)
+    assert list(replay.other_heights) == [SMALL.block_rows]
+    with pytest.raises(ValueError, match=r"block_rows=16 as in config, got 32"):
+        prepare_replay(live.expert_of_TK, inputs.case.E, config=INTERPRETER).of_height(16)
 
 
 def test_the_default_height_is_that_of_the_default_config():
