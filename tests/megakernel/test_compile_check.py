@@ -197,23 +197,19 @@ def test_reports_keep_the_order_of_the_cases(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["TRITON_INTERPRET"] == "1", "left as it was"
 
 
-def test_equal_specs_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_specs_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", fake_compile)
+    monkeypatch.setitem(KINDS, "other", KINDS["plain"])
     twin = replace(CASE, model=replace(CASE.model, name="twin"))
+    other = replace(CASE, kind="other")  # as far as a spec tells, its biases may be others
+    assert CASE.spec == twin.spec == other.spec
     done: list[str] = []
-    reports = check([CASE, twin], done.append)
-    assert [one.model for one in reports] == ["OLMoE", "twin"]
-    assert len(done) == 1
-    assert done[0].startswith("1/1  tall for OLMoE, live")
-
-
-def test_kinds_compile_apart_even_with_equal_specs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_check, "compile_case", fake_compile)
-    monkeypatch.setitem(KINDS, "twin", KINDS["plain"])
-    twin, done = replace(CASE, kind="twin"), []
-    assert CASE.spec == twin.spec
-    assert [one.kind for one in check([CASE, twin], done.append)] == ["plain", "twin"]
+    reports = check([CASE, twin, other], done.append)
+    assert [(one.model, one.kind) for one in reports] == [
+        ("OLMoE", "plain"), ("twin", "plain"), ("OLMoE", "other"),
+    ]  # fmt: skip
     assert len(done) == 2
+    assert done[0].startswith("1/2  tall for OLMoE, live")
 
 
 def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
