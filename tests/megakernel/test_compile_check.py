@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 
 from megakernel import compile_check
+from megakernel.compile_cases import CompileCase, compile_cases, make_layer
 from megakernel.compile_check import (
     COLUMNS,
     CaseReport,
-    CompileCase,
     LoopReport,
     broken_rules,
     check,
-    compile_cases,
     format_json,
     format_table,
     main,
-    make_layer,
 )
 from megakernel.config import SHIPPED
 from megakernel.models import KINDS, MODELS

@@ -3,8 +3,10 @@
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
+from megakernel.compile_cases import compile_cases
 from perf import gpu
 from perf.measure import QUICK
 from perf.suites import SUITES
@@ -65,12 +67,14 @@ def test_tests_that_take_too_long_are_a_failure(monkeypatch):
 
 
 def test_configs_compile_beside_the_tests_and_failures_are_told(monkeypatch, capsys):
+    good, bad = compile_cases()[:2]
+
     def compile_one(case):
-        if case == "bad":
+        if case == replace(bad, kind="plain"):
             raise RuntimeError("out of registers")
 
     monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
-    monkeypatch.setattr(gpu, "compile_cases", lambda: ["good", "bad"])
+    monkeypatch.setattr(gpu, "compile_cases", lambda: [good, bad])
     monkeypatch.setattr(gpu, "compile_case", compile_one)
     with gpu.precompile():
         pass
