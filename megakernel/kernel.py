@@ -9,7 +9,7 @@ from torch import Tensor
 from megakernel.dispatch import prefix_bins, scatter_tile
 from megakernel.gate import gate_tile
 from megakernel.queue import claim, leave, signal, wait
-from megakernel.schedule import phase_of, tail_of, tile_of
+from megakernel.schedule import count_tasks, phase_of, tail_of, tile_of
 from megakernel.shared import ffn1_of, ffn2_of, routed_rows, routed_tiles, scatters_before
 from megakernel.tiles import combine_tile
 
@@ -90,12 +90,7 @@ def moe_kernel(
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
-    num_combine = (num_tokens + C.combine_tokens - 1) // C.combine_tokens
-    per_tile: tl.constexpr = C.i_blocks + C.num_groups * C.group_blocks
-    num_tasks = token_tiles + num_tiles * per_tile + C.num_groups * num_combine
-    if not C.replay:
-        num_tasks += C.prefix_blocks + token_tiles
-
+    num_tasks = count_tasks(num_tokens, num_tiles, C)
     task = claim(control, C)
     while task < num_tasks:
         kind, index = phase_of(task, num_tokens, num_tiles, C)

@@ -4,7 +4,7 @@ Every task waits only for tasks with lower ids, and workers claim ids in order. 
 unfinished claimed task never waits for an unclaimed one, and the launch finishes for any number
 of workers, resident or not.
 
-The three functions marked ``@triton.jit`` are the only home of the order: the kernel calls them
+The functions marked ``@triton.jit`` are the only home of the order: the kernel calls them
 on the device, :class:`Schedule` calls the same source as plain Python.
 
 Live order:   gate* · prefix* · scatter* · FFN1* · tail
@@ -21,6 +21,18 @@ import triton
 import triton.language as tl
 
 from megakernel.spec import KernelSpec
+
+
+@triton.jit
+def count_tasks(num_tokens, num_tiles, C: tl.constexpr):
+    """Return the length of the list."""
+    token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
+    num_combine = (num_tokens + C.combine_tokens - 1) // C.combine_tokens
+    num_tasks = token_tiles + C.num_groups * num_combine
+    num_tasks += num_tiles * (C.i_blocks + C.num_groups * C.group_blocks)
+    if not C.replay:
+        num_tasks += C.prefix_blocks + token_tiles
+    return num_tasks
 
 
 @triton.jit
@@ -137,13 +149,7 @@ class Schedule:
     @property
     def num_tasks(self) -> int:
         """Length of the list."""
-        spec = self.spec
-        has_gate = self.token_tiles
-        dispatch = 0 if spec.replay else spec.prefix_blocks + self.token_tiles
-        per_tile = spec.i_blocks + spec.num_groups * spec.group_blocks
-        return (
-            has_gate + dispatch + self.num_tiles * per_tile + spec.num_groups * self.combine_tiles
-        )
+        return count_tasks.fn(self.num_tokens, self.num_tiles, self.spec)
 
     @property
     def num_counters(self) -> int:
