@@ -13,7 +13,7 @@ from megakernel.checks import (
     check_routing_tensors,
     check_size,
 )
-from megakernel.config import KernelConfig, default_config
+from megakernel.config import KernelConfig
 from megakernel.kernel import Biases, Routing, TokenGate
 from megakernel.launch import (
     NO_SHARED,
@@ -27,6 +27,7 @@ from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
 from megakernel.op import launch_op
 from megakernel.placement import Placement
 from megakernel.replay import Replay
+from megakernel.tuned import default_config
 
 
 def moe(
@@ -179,10 +180,10 @@ def choose_config(
     x_TH: Tensor,
     replay: Replay | None,
 ) -> KernelConfig:
-    """Return the given config, or the default with the tile height of the replay."""
+    """Return the given config, or the default, at the only height a fixed replay has."""
     if config is None:
-        num_assignments = shape_TK[0] * shape_TK[1]
-        config = default_config(num_assignments, experts.num_experts, x_TH.dtype, x_TH.device)
-        if isinstance(replay, Replay):
+        num_tokens, top_k = shape_TK
+        config = default_config(experts.layer_shape(top_k), num_tokens, x_TH.dtype, x_TH.device)
+        if isinstance(replay, Replay) and replay.is_fixed:
             config = replace(config, block_rows=replay.block_rows)
     return config

@@ -65,6 +65,7 @@ class CaseReport:
         spill_bytes: local memory per thread.
         shared_bytes: per worker.
         workers_per_sm: workers that fit one multiprocessor.
+        wanted_workers_per_sm: workers the config launches for each.
         wgmma, mma: tensor core instructions, of a warp group and of a warp.
         async_16_byte_loads, tma_loads: asynchronous load instructions.
         gemm_loop_local_ops: loads and stores of spilled registers in the GEMM loops.
@@ -85,6 +86,7 @@ class CaseReport:
     spill_bytes: int
     shared_bytes: int
     workers_per_sm: int
+    wanted_workers_per_sm: int
     wgmma: int
     mma: int
     async_16_byte_loads: int
@@ -108,6 +110,9 @@ def broken_rules(report: CaseReport) -> list[str]:
         rules.append(f"wgmma in tiles of {WGMMA_ROWS} rows or more: none in {report.block_rows}")
     elif min(report.block_rows, report.block_tokens) >= WGMMA_ROWS and report.mma:
         rules.append(f"wgmma in tiles of {WGMMA_ROWS} rows or more: {report.mma} mma instead")
+    if report.workers_per_sm < report.wanted_workers_per_sm:
+        wanted = report.wanted_workers_per_sm
+        rules.append(f"{wanted} workers per multiprocessor: {report.workers_per_sm} fit")
     return rules
 
 
@@ -187,6 +192,7 @@ def make_report(case: CompileCase, cubin: CubinReport) -> CaseReport:
         spill_bytes=cubin.spill_bytes,
         shared_bytes=cubin.shared_bytes,
         workers_per_sm=workers_per_sm(cubin.registers, cubin.shared_bytes, num_warps),
+        wanted_workers_per_sm=case.config.workers_per_sm,
         gemm_loop_local_ops=len(cubin.gemm_loop_local_ops),
         gemm_loops=tuple(map(_loop_report, cubin.gemm_loops)),
         spills_of_source=dict(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megakernel.dispatch import prefix_bins, scatter_tile
 from megakernel.gate import gate_tile
-from megakernel.queue import claim, leave, signal, wait
+from megakernel.queue import begin, claim, leave, signal, stamp, wait
 from megakernel.schedule import count_tasks, phase_of, tail_of, tile_of
 from megakernel.shared import ffn1_of, ffn2_of, routed_rows, routed_tiles, scatters_before
 from megakernel.tiles import combine_tile
@@ -63,11 +63,12 @@ class Rows(NamedTuple):
 
 
 class Control(NamedTuple):
-    """Counters, 128 bytes apart and zero between launches; error words on the device and host."""
+    """Counters, 128 bytes apart and zero between launches; error words; a timed launch's times."""
 
     counters: Tensor
     error: Tensor
-    report: Tensor
+    report: Tensor  # error words on the host
+    times: Tensor | None = None  # int64, see timeline.py; None unless the launch is timed
 
 
 @triton.jit(
@@ -93,6 +94,7 @@ def moe_kernel(
     num_tasks = count_tasks(num_tokens, num_tiles, C)
     task = claim(control, C)
     while task < num_tasks:
+        begin(control, task, C)
         kind, index = phase_of(task, num_tokens, num_tiles, C)
         if kind == C.TAIL:
             is_combine, group, index = tail_of(index, num_tokens, num_tiles, C)
@@ -147,5 +149,6 @@ def moe_kernel(
                     routed_tiles(num_tiles, num_tokens, C), capacity, C,
                 )  # fmt: skip
                 signal(control, C.SCATTER_DONE, C)
+        stamp(control, task, C.DONE, C)
         task = claim(control, C)
     leave(control, num_workers, C.first_tile_counter + num_tiles, schedule_id, C)

@@ -86,6 +86,7 @@ def make_spec(
         num_stages=config.num_stages,
         weight_tma=fits_tma(layer.gate_up_E2IH, rule.stacked, rule.gate_up_transposed)
         and fits_tma(layer.down_EHI, 1, rule.down_transposed),
+        timed=config.record_times,
         interpreted=INTERPRETED,
     )
 
@@ -199,7 +200,7 @@ def kernel_arguments(
         scratch.h_CI,
         scratch.y_CH,
         layer.y_TH,
-        workspace.control,
+        workspace.control._replace(times=scratch.times),
         num_tokens,
         num_tiles,
         layer.capacity,

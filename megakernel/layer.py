@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megakernel.config import LayerShape
 from megakernel.rules import ACTIVATIONS, SCORES, ExpertRule, GateRule
 from megakernel.tensors import (
     check_bias,
@@ -155,6 +156,11 @@ class Experts:
     def num_experts(self) -> int:
         """E."""
         return self.down_EHI.shape[0]
+
+    def layer_shape(self, top_k: int) -> LayerShape:
+        """Return the sizes a config is chosen for."""
+        num_experts, hidden, intermediate = self.down_EHI.shape
+        return LayerShape(num_experts, top_k, hidden, intermediate)
 
     @property
     def biases(self) -> tuple[Tensor | None, Tensor | None]:

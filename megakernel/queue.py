@@ -7,6 +7,7 @@ poll must be an atomic (a plain load in a loop is hoisted out or deleted).
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 # Words of the error buffer. A stall is (1, task, counter, value seen, value awaited); a refused
 # input is (reason, token, choice, value). The host's copy also says which schedule ran.
@@ -26,6 +27,36 @@ _NEVER = tl.constexpr(1 << 30)
 def claim(control, C: tl.constexpr):
     """Take the next task id. Order: none needed, ids carry no data."""
     return tl.atomic_add(control.counters + C.CLAIM * C.COUNTER_STRIDE, 1, sem="relaxed")
+
+
+@triton.jit
+def clock(control, C: tl.constexpr):
+    """Return the time: the GPU's nanoseconds, or in the interpreter how often it was asked."""
+    if C.interpreted:  # noqa: SIM108  (known when compiling)
+        now = tl.atomic_add(control.times, 1, sem="relaxed")
+    else:
+        now = globaltimer()
+    return now
+
+
+@triton.jit
+def stamp(control, task, EVENT: tl.constexpr, C: tl.constexpr):
+    """Write when something happened to a task, if the launch is timed."""
+    if C.timed:
+        # The line before the first task's holds the interpreter's count.
+        place = control.times + (task + 1).to(tl.int64) * C.NUM_TIMES
+        tl.store(place + EVENT, clock(control, C))
+
+
+@triton.jit
+def begin(control, task, C: tl.constexpr):
+    """Write who claimed a task and when, if the launch is timed; without a wait it is ready."""
+    if C.timed:
+        place = control.times + (task + 1).to(tl.int64) * C.NUM_TIMES
+        now = clock(control, C)
+        tl.store(place + C.WORKER, tl.program_id(0).to(tl.int64))
+        tl.store(place + C.CLAIMED, now)
+        tl.store(place + C.READY, now)
 
 
 @triton.jit
@@ -70,6 +101,7 @@ def wait(control, counter, target, task, max_polls, C: tl.constexpr):
     if seen < target:
         record_error(control, _STALL_AT, 1, task, counter, seen, target)
         tl.atomic_max(control.counters + C.CLAIM * C.COUNTER_STRIDE, _NEVER, sem="relaxed")
+    stamp(control, task, C.READY, C)
     return seen >= target
 
 

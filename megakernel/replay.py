@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megakernel.config import KernelConfig, default_config
+from megakernel.config import KernelConfig, usual_rows
 from megakernel.kernel import Rows, Slots
 from megakernel.placement import Placement, check_ids
 
@@ -14,8 +14,9 @@ from megakernel.placement import Placement, check_ids
 class Replay:
     """A recorded routing, sorted into rows of one tile height.
 
-    Prepared with a config, it is for that height alone. Prepared without one, it is for the height
-    of the default, and makes tables for another when a call's config first asks for it.
+    Prepared with a config, it is for that height alone. Prepared without one, it is for the usual
+    height, and makes tables for another when a call's config first asks for it: float32 weights,
+    or a tuned config.
 
     Attributes:
         expert_of_TK: [T, K] int32, the forced ids.
@@ -83,9 +84,8 @@ def prepare_replay(
     ids_TK = expert_of_TK.int().contiguous()
     if config is not None:
         return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
-    # Of the default only the tile height matters here, and 16-bit weights are the rule.
-    default = default_config(ids_TK.numel(), num_experts, torch.bfloat16, ids_TK.device)
-    return sort_into_rows(ids_TK, num_experts, placement, default.block_rows, is_fixed=False)
+    block_rows = usual_rows(ids_TK.numel(), num_experts, ids_TK.device)
+    return sort_into_rows(ids_TK, num_experts, placement, block_rows, is_fixed=False)
 
 
 def sort_into_rows(

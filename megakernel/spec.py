@@ -41,6 +41,7 @@ class KernelSpec:
     tile_group: int
     num_stages: int
     weight_tma: bool
+    timed: bool
     interpreted: bool
 
     # Kinds of task.
@@ -62,6 +63,13 @@ class KernelSpec:
     COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
 
     PREFIX_BINS: ClassVar[int] = 32  # bins per prefix task
+
+    # What a timed launch writes for each task, in the order it lies in memory.
+    WORKER: ClassVar[int] = 0
+    CLAIMED: ClassVar[int] = 1
+    READY: ClassVar[int] = 2
+    DONE: ClassVar[int] = 3
+    NUM_TIMES: ClassVar[int] = 4
 
     @property
     def replay(self) -> bool:

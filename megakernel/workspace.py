@@ -26,6 +26,8 @@ def scratch_shapes(schedule: Schedule, dtype: torch.dtype) -> dict[str, tuple[Sh
         "h_CI": ((num_rows, spec.intermediate), dtype),
         "y_CH": ((num_rows, spec.hidden), dtype),
     }
+    if spec.timed:
+        shapes["times"] = ((1 + schedule.num_tasks, spec.NUM_TIMES), torch.int64)
     if spec.replay:
         return shapes
     integers = {
@@ -60,6 +62,7 @@ class Scratch:
     h_CI: Tensor
     y_CH: Tensor
     rows: Rows | None  # None in replay: the tables come with the replay
+    times: Tensor | None  # None unless the launch is timed
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Workspace:
     control: Control = field(init=False)
     schedules: list[Schedule] = field(default_factory=list)
     views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
+    latest: Scratch | None = None
     captured: bool = False
     outgrown_arenas: list[Tensor] = field(default_factory=list)
     outgrown_counters: list[Tensor] = field(default_factory=list)
@@ -90,7 +94,8 @@ class Workspace:
         """Return the views for a launch, growing the memory if it has never been so large."""
         schedule = Schedule(spec, num_tokens, num_tiles)
         found = self.views.get((schedule, dtype))
-        return found if found is not None else self._make_scratch(schedule, dtype)
+        self.latest = found if found is not None else self._make_scratch(schedule, dtype)
+        return self.latest
 
     def _make_scratch(self, schedule: Schedule, dtype: torch.dtype) -> Scratch:
         shapes = scratch_shapes(schedule, dtype)
@@ -102,8 +107,9 @@ class Workspace:
             flat = self.arena[offsets[name] : offsets[name] + used_bytes]
             views[name] = flat.view(kind).view(shape)
         h_CI, y_CH = views.pop("h_CI"), views.pop("y_CH")
+        times = views.pop("times", None)
         rows = Rows(**views) if views else None
-        made = Scratch(len(self.schedules), schedule, h_CI, y_CH, rows)
+        made = Scratch(len(self.schedules), schedule, h_CI, y_CH, rows, times)
         self.schedules.append(schedule)
         self.views[schedule, dtype] = made
         return made

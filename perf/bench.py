@@ -13,6 +13,7 @@ from perf.measure import DEFAULT, Protocol, Timing, time_eager, time_graphs
 from perf.providers import Provider
 from perf.record import Row, make_row
 from perf.roofline import ASSUMED_H200, Roofs, measure_roofs
+from perf.timelines import Saved
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Bench:
         rows: figures so far.
         failures: what of ours was wrong.
         notes: what was skipped, and why.
+        timelines: what workers did when, by the name of the file to be.
     """
 
     device: torch.device
@@ -40,6 +42,7 @@ class Bench:
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    timelines: dict[str, Saved] = field(default_factory=dict)
     _roofs: Roofs | None = None
 
     @property

@@ -9,10 +9,14 @@ import numpy as np
 
 from balance import formats
 from balance.synthetic import SyntheticConfig, make_trace, top_k_chance
+from megakernel.config import KernelConfig, LayerShape
 from megakernel.models import MODELS, ModelShape
+from megakernel.tuned import config_on
 
 FORWARD_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+SIMULATED_GPU = "NVIDIA H200"
 
 # For tests and rehearsals: every path of the suites in milliseconds on a CPU.
 TINY = ModelShape("tiny", 8, 2, 64, 32, 2)
@@ -50,6 +54,17 @@ class Case:
     def num_assignments(self) -> int:
         """A = T·K."""
         return self.num_tokens * self.model.top_k
+
+    @property
+    def layer(self) -> LayerShape:
+        """What a config is chosen for."""
+        model = self.model
+        return LayerShape(model.num_experts, model.top_k, model.hidden, model.intermediate)
+
+    @property
+    def default_config(self) -> KernelConfig:
+        """What moe() takes for the case on one H200."""
+        return config_on(SIMULATED_GPU, self.layer, self.num_tokens)
 
 
 def balanced(case: Case) -> np.ndarray:

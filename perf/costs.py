@@ -113,7 +113,8 @@ class RooflineCosts:
         fixed_N = np.array([demand.fixed_us for demand in demands])
         steps_N = np.array([demand.steps_us for demand in demands])
         moved_N = np.array([demand.moved_bytes for demand in demands])
-        shared_N = sum_around(moved_N, self.num_workers) / self.machine.roofs.copy_bytes_per_s
+        around_N = sum_around(moved_N, self.num_workers)  # neighbours in the list run together
+        shared_N = np.where(moved_N > 0, around_N, 0.0) / self.machine.roofs.copy_bytes_per_s
         alone_N = moved_N / self.machine.sm_bytes_per_s
         return fixed_N + np.maximum(steps_N, 1e6 * np.maximum(shared_N, alone_N))
 
@@ -273,6 +274,9 @@ class MeasuredCosts:
         return np.array([self._cost_us(task) for task in tasks])
 
     def _cost_us(self, task: Task) -> float:
-        name = NAMES[task.kind]
-        is_empty = name in ("FFN1", "FFN2") and not self.tiles.rows_of_tile[task.tile]
-        return 0.0 if is_empty else self.us_of_kind[name]
+        return 0.0 if is_empty(task, self.tiles) else self.us_of_kind[NAMES[task.kind]]
+
+
+def is_empty(task: Task, tiles: Tiles) -> bool:
+    """Whether a task belongs to a row tile without rows."""
+    return NAMES[task.kind] in ("FFN1", "FFN2") and not tiles.rows_of_tile[task.tile]

@@ -20,7 +20,7 @@ import torch
 
 from megakernel.compile_cases import compile_cases
 from megakernel.compile_check import compile_case
-from perf import report
+from perf import report, timelines
 from perf.bench import Bench
 from perf.measure import DEFAULT, QUICK, Protocol
 from perf.providers import OURS, PLAIN
@@ -34,11 +34,12 @@ SECONDS_OF_SUITE = {
     "forward": 110.0,
     "decode": 60.0,
     "replay": 35.0,
-    "skew": 45.0,
-    "makespan": 30.0,
+    "timeline": 20.0,
+    "skew": 40.0,
+    "makespan": 25.0,
     "host": 15.0,
-    "planner": 20.0,
-    "simulate": 15.0,
+    "planner": 15.0,
+    "simulate": 10.0,
 }
 REPORT_SECONDS = 20.0
 
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         failures = run_tests(clock)
     failures += run_suites(clock, out, DEFAULT if arguments.full else QUICK, names)
     report.draw_all(report.read_or_none([out]), out)
+    timelines.draw_saved([out], out)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0

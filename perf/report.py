@@ -1,7 +1,7 @@
 """Draw results: latency against T, roofline, skew, makespan, and who does what when.
 
-``python -m perf report RESULTS --out DIR`` draws what the rows allow and writes a table. The
-timeline of the workers comes from the simulator and says so.
+``python -m perf report RESULTS --out DIR`` draws what the rows allow and writes a table. Timelines
+of the workers are the kernel's own where the results hold some, and the simulator's, which say so.
 """
 
 import argparse
@@ -19,20 +19,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from megakernel.config import SHIPPED, default_height
-from megakernel.schedule import NAMES
-from perf import record
-from perf.cases import SCENARIOS, SHAPES, Case, make_loads
+from perf import record, timelines
+from perf.cases import SCENARIOS, SHAPES, Case
 from perf.record import Row
 from perf.roofline import ASSUMED_H200
-from perf.simulate import LABEL, Prediction, predict
+from perf.simulate import LABEL
 
 # Okabe and Ito's palette, with more markers than colours, so that no two providers look alike and
 # no meaning rests on colour alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X<>p"
-COLOUR_OF_TASK = dict(zip(NAMES, COLOURS[5::-1], strict=True))
-TIMELINE_WORKERS = 24
 
 
 def draw_all(rows: Sequence[Row], out: Path) -> list[Path]:
@@ -177,52 +173,6 @@ def plot_makespan(rows: Sequence[Row], path: Path) -> Path:
     return finish(figure, panels, title, path, legend=False)
 
 
-def plot_timeline(prediction: Prediction, title: str, path: Path) -> Path:
-    """Draw what some of the workers do when, and what all of them do together."""
-    figure, axes = plt.subplots(
-        2, 1, figsize=(12, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-    num_workers = int(prediction.worker_N.max()) + 1
-    shown = np.unique(
-        np.linspace(0, num_workers - 1, min(TIMELINE_WORKERS, num_workers)).astype(int)
-    )
-    for line, worker in enumerate(shown):
-        mine = prediction.worker_N == worker
-        for kind, name in enumerate(NAMES):
-            chosen = mine & (prediction.kind_N == kind)
-            spans = np.stack([prediction.start_N, prediction.end_N - prediction.start_N], axis=1)
-            axes[0].broken_barh(spans[chosen], (line - 0.4, 0.8), color=COLOUR_OF_TASK[name])
-    axes[0].set(ylabel=f"{len(shown)} of {num_workers} workers", yticks=[], ylim=(-1, len(shown)))
-    draw_shares(axes[1], prediction, num_workers)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    figure.suptitle(f"{title}\n{LABEL}; white: claims and waits")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
-
-
-def draw_shares(axis: Axes, prediction: Prediction, num_workers: int) -> None:
-    """Stack the share of workers in each kind of task over time."""
-    edges = np.linspace(0, prediction.launch_us, 200)
-    shares = [
-        (covered(prediction.end_N, prediction.start_N, prediction.kind_N == kind, edges))
-        / num_workers
-        for kind in range(len(NAMES))
-    ]
-    middle = (edges[1:] + edges[:-1]) / 2
-    axis.stackplot(middle, shares, labels=NAMES, colors=[COLOUR_OF_TASK[name] for name in NAMES])
-    axis.set(xlabel="us from the launch, predicted", ylabel="share of workers", ylim=(0, 1))
-
-
-def covered(
-    end_N: np.ndarray, start_N: np.ndarray, chosen_N: np.ndarray, edges: np.ndarray
-) -> np.ndarray:
-    """Mean number of the chosen spans that cover each interval between edges."""
-    before = [np.clip(edges[:, None] - t[chosen_N], 0, None).sum(1) for t in (start_N, end_N)]
-    return np.diff(before[0] - before[1]) / np.diff(edges)
-
-
 def format_tables(rows: Sequence[Row]) -> str:
     """Return the times of each suite as Markdown, a line per case, T and mode."""
     lines = [f"# Results\n\n{provenance_line(rows)}"]
@@ -306,27 +256,24 @@ def read_or_none(paths: Sequence[Path]) -> list[Row]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="*", help="CSV files or folders of them")
     parser.add_argument("--out", type=Path, default=Path("out/perf"))
-    parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B", help="of the timeline")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the timeline")
+    parser.add_argument(
+        "--model", choices=SHAPES, default="Qwen3-30B-A3B", help="of the predicted timeline"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="of the predicted timeline")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw results and the predicted timelines; 2 on files that are not results."""
+    """Draw results and timelines, measured and predicted; 2 on files that are not results."""
     try:
         rows = record.read(arguments.results)
     except (ValueError, OSError) as error:
         print(f"perf report: {error}", file=sys.stderr)
         return 2
     written = draw_all(rows, arguments.out)
+    folders = [path for path in arguments.results if path.is_dir()]
+    written += timelines.draw_saved(folders, arguments.out)
     case = Case(SHAPES[arguments.model], arguments.tokens, "recorded")
-    load_E = make_loads(case)
-    config = SHIPPED[default_height(case.num_assignments, case.model.num_experts)]
-    for mode in ("live", "replay"):
-        prediction = predict(case.model, case.num_tokens, load_E, config, mode)
-        title = f"{case.name}, T = {case.num_tokens}, {mode}"
-        written.append(
-            plot_timeline(prediction, title, arguments.out / f"timeline_{mode}_predicted.png")
-        )
+    written += timelines.draw_predicted(case, arguments.out)
     for path in written:
         print(path)
     return 0

@@ -7,6 +7,7 @@ at the cost of ``perf.costs``; the order and the waits are the kernel's own (meg
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,8 +15,9 @@ from tqdm import tqdm
 from megakernel.compile_check import CompileCase
 from megakernel.config import KernelConfig
 from megakernel.models import ModelShape
-from megakernel.schedule import NAMES, Schedule, Task, bound_tiles
+from megakernel.schedule import Schedule, Task, bound_tiles
 from megakernel.spec import KernelSpec
+from megakernel.timeline import Timeline
 from perf.costs import H200, Machine, RooflineCosts, Tiles
 
 TaskCosts = Callable[[Sequence[Task]], np.ndarray]
@@ -54,42 +56,6 @@ class Launch:
     num_workers: int
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """When each task ran, in microseconds from the launch.
-
-    Attributes:
-        launch_us: predicted time of the whole launch.
-        kind_N: kind of each task.
-        worker_N: who ran it.
-        claim_N, start_N, end_N: when it was claimed, was ready, and was done.
-    """
-
-    launch_us: float
-    kind_N: np.ndarray
-    worker_N: np.ndarray
-    claim_N: np.ndarray
-    start_N: np.ndarray
-    end_N: np.ndarray
-
-    @property
-    def busy_share(self) -> float:
-        """Part of the workers' time that went into tasks, not into claims and waits."""
-        num_workers = int(self.worker_N.max()) + 1
-        return float((self.end_N - self.start_N).sum() / (num_workers * self.launch_us))
-
-    def us_of_kind(self) -> dict[str, float]:
-        """Worker microseconds of each kind of task, and of claims and waits, per worker."""
-        num_workers = int(self.worker_N.max()) + 1
-        spent_N = self.end_N - self.start_N
-        spent = {
-            name: float(spent_N[self.kind_N == kind].sum()) / num_workers
-            for kind, name in enumerate(NAMES)
-        }
-        spent["wait"] = float((self.start_N - self.claim_N).sum()) / num_workers
-        return spent
-
-
 def make_tiles(load_E: np.ndarray, block_rows: int, num_tiles: int | None = None) -> Tiles:
     """Cut each expert's rows into tiles; ``num_tiles`` adds empty ones up to the list's room."""
     tiles_E = -(-load_E // block_rows)
@@ -104,7 +70,7 @@ def make_tiles(load_E: np.ndarray, block_rows: int, num_tiles: int | None = None
 
 def make_spec(model: ModelShape, mode: str, config: KernelConfig) -> KernelSpec:
     """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
-    spec = CompileCase("tall", model, mode).spec
+    spec = CompileCase("rows128", model, mode).spec
     shared = {field.name for field in fields(spec)} & {field.name for field in fields(config)}
     return replace(spec, **{name: getattr(config, name) for name in shared})
 
@@ -136,7 +102,7 @@ def make_launch(
     return Launch(Schedule(spec, num_tokens, len(tiles.rows_of_tile)), tiles, workers)
 
 
-def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Prediction:
+def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Timeline:
     """Play the queue: the worker that is free first claims the next id.
 
     Every task waits only for lower ids, so one pass in the order of ids knows each end it needs.
@@ -162,7 +128,7 @@ def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Predi
         heapq.heappush(free, (end, worker))
     kind_N = np.array([task.kind for task in tasks])
     last = float(end_N.max()) + machine.claim_us + machine.launch_us / 2
-    return Prediction(last, kind_N, worker_N, claim_N, start_N, end_N)
+    return Timeline(last, kind_N, worker_N, claim_N, start_N, end_N)
 
 
 def predict(
@@ -174,7 +140,7 @@ def predict(
     machine: Machine = H200,
     heights: tuple[int, ...] = (),
     choices_in_flight: int | None = None,
-) -> Prediction:
+) -> Timeline:
     """Predict a launch with roofline costs; the last two arguments as in RooflineCosts."""
     launch = make_launch(model, num_tokens, load_E, config, mode, machine)
     schedule = launch.schedule
@@ -192,8 +158,12 @@ def predict(
 
 def neighbours(config: KernelConfig) -> list[KernelConfig]:
     """Return the configs with another tile shape, or with one field of ORDERS changed."""
-    shapes = [dict(zip(TILE_FIELDS, shape, strict=True)) for shape in TILE_SHAPES]
-    orders = [{name: value} for name, values in ORDERS.items() for value in values]
+    shapes: list[dict[str, Any]] = [
+        dict(zip(TILE_FIELDS, shape, strict=True)) for shape in TILE_SHAPES
+    ]
+    orders: list[dict[str, Any]] = [
+        {name: value} for name, values in ORDERS.items() for value in values
+    ]
     return [replace(config, **changes) for changes in (*shapes, *orders)]
 
 

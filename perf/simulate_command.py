@@ -4,31 +4,33 @@ Nothing is measured: the figures come from a model of the queue and of the machi
 """
 
 import argparse
-import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megakernel.compile_check import ROUTE_OF_MODE
-from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.config import SHIPPED, KernelConfig
+from megakernel.timeline import Timeline
+from perf import record
 from perf.cases import SCENARIOS, SHAPES, Case, make_loads
 from perf.costs import H200, Machine, MeasuredCosts, RooflineCosts
-from perf.report import plot_timeline
 from perf.roofline import useful_work
 from perf.simulate import (
     LABEL,
     Launch,
-    Prediction,
     TaskCosts,
     describe,
     make_launch,
     search_configs,
     simulate,
 )
+from perf.timelines import plot_timeline
 
-SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name != "max_polls")
+UNSEEN = ("max_polls", "record_times")  # the simulator does not know them
+SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name not in UNSEEN)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,42 +44,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--search", type=int, metavar="N", help="print the best N of a search")
     parser.add_argument("--l2", type=float, metavar="TB/s", help="assume this rate of L2 reads")
-    parser.add_argument("--costs", type=Path, help="JSON: measured us of each kind of task")
+    parser.add_argument("--costs", type=Path, help="timeline.csv of a run: what its tasks cost")
     parser.add_argument("--plot", type=Path, help="draw who does what when")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a prediction, or a ranking."""
     case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
+    machine, mode = choose_machine(arguments.l2), arguments.mode
     try:
         load_E = make_loads(case)
         config = choose_config(arguments, case)
-    except ValueError as error:
+        launch = make_launch(case.model, case.num_tokens, load_E, config, mode, machine)
+        costs = choose_costs(arguments.costs, case, mode, launch, machine)
+    except (ValueError, OSError) as error:
         print(f"perf simulate: {error}", file=sys.stderr)
         return 2
-    machine = choose_machine(arguments.l2)
-    title = f"{case.name}, T = {case.num_tokens}, {arguments.mode}"
+    title = f"{case.name}, T = {case.num_tokens}, {mode}"
     print(f"{LABEL}\n{title}, {machine.roofs.source}")
     if arguments.search:
-        ranked = search_configs(
-            config, case.model, case.num_tokens, load_E, arguments.mode, machine
-        )
+        ranked = search_configs(config, case.model, case.num_tokens, load_E, mode, machine)
         for predicted_us, one in ranked[: arguments.search]:
             print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
         return 0
-    launch = make_launch(case.model, case.num_tokens, load_E, config, arguments.mode, machine)
-    prediction = simulate(launch, choose_costs(arguments.costs, launch, machine), machine)
+    prediction = simulate(launch, costs, machine)
     print(f"config: {describe(config)}")
     print(format_prediction(prediction, case, load_E, machine))
     if arguments.plot:
-        print(f"wrote {plot_timeline(prediction, title, arguments.plot)}")
+        path = plot_timeline(prediction, f"{title}\n{LABEL}", arguments.plot)
+        print(f"wrote {path}")
     return 0
 
 
 def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
     """Return the named or default config with the changes of --set."""
-    name = arguments.config or default_height(case.num_assignments, case.model.num_experts)
-    changes = {}
+    changes: dict[str, Any] = {}
     for change in arguments.set:
         field, _, value = change.partition("=")
         if field not in SETTABLE or not value.isdigit():
@@ -85,7 +86,8 @@ def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
                 f"--set must be FIELD=N with a field of {', '.join(SETTABLE)}, got {change!r}"
             )
         changes[field] = int(value)
-    return replace(SHIPPED[name], **changes)
+    chosen = SHIPPED[arguments.config] if arguments.config else case.default_config
+    return replace(chosen, **changes)
 
 
 def choose_machine(l2_tbps: float | None) -> Machine:
@@ -95,18 +97,32 @@ def choose_machine(l2_tbps: float | None) -> Machine:
     return replace(H200, roofs=replace(H200.roofs, l2_bytes_per_s=l2_tbps * 1e12))
 
 
-def choose_costs(path: Path | None, launch: Launch, machine: Machine) -> TaskCosts:
-    """Return roofline costs, or those of a file."""
-    if path is not None:
-        return MeasuredCosts(json.loads(path.read_text()), launch.tiles)
-    schedule = launch.schedule
-    return RooflineCosts(
-        schedule.spec, schedule.num_tokens, launch.tiles, launch.num_workers, machine
-    )
+def choose_costs(
+    path: Path | None, case: Case, mode: str, launch: Launch, machine: Machine
+) -> TaskCosts:
+    """Return roofline costs, or what the timeline suite measured for the case.
+
+    Raises:
+        ValueError: if the file lacks it.
+    """
+    if path is None:
+        schedule = launch.schedule
+        return RooflineCosts(
+            schedule.spec, schedule.num_tokens, launch.tiles, launch.num_workers, machine
+        )
+    wanted = (case.name, case.num_tokens, mode)
+    found = {
+        row.metric.removesuffix(" cost"): row.median
+        for row in record.read([path])
+        if row.metric.endswith(" cost") and (row.case, row.T, row.mode) == wanted
+    }
+    if not found:
+        raise ValueError(f"--costs must hold the cost of tasks for {wanted}, got none in {path}")
+    return MeasuredCosts(found, launch.tiles)
 
 
 def format_prediction(
-    prediction: Prediction, case: Case, load_E: np.ndarray, machine: Machine
+    prediction: Timeline, case: Case, load_E: np.ndarray, machine: Machine
 ) -> str:
     """Say what is predicted, with the share of each kind of task."""
     work = useful_work(case.model, case.num_tokens, load_E)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from perf import record, suites_host, suites_layer, suites_rank
+from perf import record, suites_host, suites_layer, suites_rank, suites_timeline, timelines
 from perf.bench import Bench
 from perf.cases import SHAPES
 from perf.measure import DEFAULT, QUICK
@@ -43,6 +43,9 @@ SUITES = {
     "planner": Suite(suites_rank.planner, "seconds, imbalance, bound, bytes", False),
     "makespan": Suite(
         suites_rank.makespan, "slowest rank under each plan; predicted without a GPU", False
+    ),
+    "timeline": Suite(
+        suites_timeline.timeline, "times of every task, kept by the launch itself", True
     ),
     "host": Suite(suites_host.host, "launches, microseconds, allocations per call", False),
     "simulate": Suite(suites_host.simulate, "predicted launch times, steps of tuning", False),
@@ -93,6 +96,8 @@ def run_suite(name: str, bench: Bench, out: Path) -> list[str]:
         bench.add_roofs(name)
     if bench.rows:
         record.write(bench.rows, out / f"{name}.csv")
+    for stem, saved in bench.timelines.items():
+        timelines.save(saved, out / f"timeline_{stem}.npz")
     seconds = time.monotonic() - start
     print(f"{name}: {len(bench.rows)} figures in {seconds:.0f} s -> {out / f'{name}.csv'}")
     for note in dict.fromkeys(bench.notes):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakernel.launch
-from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.config import KernelConfig
 from megakernel.models import MODELS
 from perf.bench import Bench
 from perf.cases import TINY, Case, make_loads
@@ -144,20 +144,23 @@ def simulated_cases(bench: Bench) -> list[Case]:
 def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...], int | None]]:
     """Config, mode, tile heights and choices in flight after each step of the plan.
 
-    Each step comes on top of the one before. None is what the kernel does.
+    Each step comes on top of the one before; the kernel does all but the last. None is what the
+    kernel does.
     """
-    shipped = SHIPPED[default_height(case.num_assignments, case.model.num_experts)]
-    one_worker = replace(shipped, workers_per_sm=1, column_groups=1)
-    two_workers = replace(one_worker, workers_per_sm=2)
-    grouped = replace(two_workers, column_groups=4)
-    wide = replace(grouped, block_i=128, block_h=256, num_warps=8, workers_per_sm=1)
+    shipped = case.default_config
+    narrow = replace(
+        shipped, block_i=64, block_h=128, num_warps=4, num_stages=3, block_experts=64,
+        select_tokens=16, column_groups=1, workers_per_sm=1,
+    )  # fmt: skip
+    two_workers = replace(narrow, workers_per_sm=2)
+    one_group = replace(shipped, column_groups=1)
     short = tuple(h for h in (16, 32, 64, 128) if h <= shipped.block_rows)
     return {
-        "0 one worker per SM, one column group": (one_worker, "live", (), 1),
+        "0 narrow tiles, one worker per SM": (narrow, "live", (), 1),
         "1 two workers per SM": (two_workers, "live", (), 1),
-        "2 four column groups": (grouped, "live", (), 1),
-        "3 combine loads all choices at once": (grouped, "live", (), None),
-        "4 replay": (grouped, "replay", (), None),
-        "5 tail tiles of fitting height": (grouped, "replay", short, None),
-        "6 128 x 256 tiles, one worker per SM": (wide, "replay", short, None),
+        "2 combine loads all choices at once": (two_workers, "live", (), None),
+        "3 the shipped tiles and gate": (one_group, "live", (), None),
+        "4 the shipped column groups": (shipped, "live", (), None),
+        "5 replay": (shipped, "replay", (), None),
+        "6 tail tiles of fitting height": (shipped, "replay", short, None),
     }

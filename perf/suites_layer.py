@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megakernel.config import default_config
 from megakernel.models import MODELS
+from megakernel.tuned import default_config
 from perf.bench import Bench
 from perf.cases import (
     DECODE_TOKENS,
@@ -162,9 +162,7 @@ def add_prediction_errors(
         measured = timing_of.get(("graph", name))
         if measured is None:
             continue
-        config = default_config(
-            case.num_assignments, case.model.num_experts, torch.bfloat16, bench.device
-        )
+        config = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
         predicted_us = predict(
             case.model, case.num_tokens, load_E, config, launch_mode, bench.machine
         ).launch_us

@@ -13,7 +13,6 @@ from balance import Plan, Topology, Trace, formats, make_plan
 from balance.baselines import BASELINES
 from balance.report import compare, measure_plan
 from balance.synthetic import SyntheticConfig, make_trace
-from megakernel.config import SHIPPED, default_config, default_height
 from megakernel.models import MODELS, ModelShape
 from perf.bench import Bench
 from perf.cases import GPT_OSS_20B, TRACE_PATH, Case
@@ -210,8 +209,7 @@ def make_rank_call(
     ids_A1 = local_A[order_A, None].int().to(device)
     x_AH = torch.randn(len(ids_A1), model.hidden, device=device).bfloat16()
     gate_A1 = torch.ones(len(ids_A1), 1, device=device)
-    config = default_config(len(ids_A1), len(held), torch.bfloat16, device)
-    return lambda: megakernel.moe_routed(x_AH, ids_A1, gate_A1, experts, config=config)
+    return lambda: megakernel.moe_routed(x_AH, ids_A1, gate_A1, experts)
 
 
 def predict_rank_us(bench: Bench, model: ModelShape, rows_E: np.ndarray) -> float:
@@ -221,5 +219,5 @@ def predict_rank_us(bench: Bench, model: ModelShape, rows_E: np.ndarray) -> floa
     if not rows:
         return 0.0
     local = replace(model, num_experts=len(held_E), top_k=1)
-    config = SHIPPED[default_height(rows, len(held_E))]
+    config = Case(local, rows).default_config
     return predict(local, rows, held_E, config, "routed", bench.machine).launch_us

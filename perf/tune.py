@@ -1,14 +1,13 @@
 """Find the fastest KernelConfig for a model and a number of tokens, on the GPU at hand.
 
 The simulator searches first, so that GPU minutes go to promising configs; the best of them are
-checked, timed and written to a table. Without a GPU only ``--predict`` works, which prints the
-ranking and writes nothing.
+checked, timed and entered in the table that moe() takes its default from. Without a GPU only
+``--predict`` works, which prints the ranking and writes nothing.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 from megakernel import Experts, Router, moe, prepare_replay
 from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.tuned import TABLE_PATH, Tuned, merge_into_table
 from perf.bench import Bench
 from perf.cases import SCENARIOS, SHAPES, Case, make_loads
 from perf.measure import QUICK, Timing
@@ -27,50 +27,40 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 32768)
 MODES = ("live", "replay")
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """One entry of the table: the fastest config measured, and how far the default is."""
+def tune(bench: Bench, case: Case, modes: Sequence[str], num_tried: int) -> Tuned:
+    """Search by the simulator, time its best and the shipped configs, keep the fastest.
 
-    gpu: str
-    num_experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    num_tokens: int
-    mode: str
-    config: dict[str, int | None]
-    median_us: float
-    default_us: float
-    commit: str
-
-
-def tune(bench: Bench, case: Case, mode: str, num_tried: int) -> Tuned:
-    """Search by the simulator, time its best and the shipped configs, keep the fastest."""
-    model = case.model
-    ranked = search_configs(
-        default_of(case), model, case.num_tokens, make_loads(case), mode, bench.machine
-    )
-    tried = {describe(config): config for config in SHIPPED.values()}
-    tried |= {describe(config): config for _, config in ranked[:num_tried]}
-    timing_of = time_configs(bench, make_problem(case, bench.device), mode, tried)
-    if not timing_of:
+    One config serves every mode, since equal configs give equal bits: the least sum of times wins.
+    """
+    tried = {describe(config): config for config in (case.default_config, *SHIPPED.values())}
+    for mode in modes:
+        ranked = search_configs(
+            case.default_config, case.model, case.num_tokens, make_loads(case), mode, bench.machine
+        )
+        tried |= {describe(config): config for _, config in ranked[:num_tried]}
+    problem = make_problem(case, bench.device)
+    timing_of = {mode: time_configs(bench, problem, mode, tried) for mode in modes}
+    ran = [name for name in tried if all(name in timing_of[mode] for mode in modes)]
+    if not ran:
         raise RuntimeError(f"no config ran for {case.name} T={case.num_tokens}")
-    best = min(timing_of, key=lambda name: timing_of[name].median)
-    shipped_us = min(
-        timing_of[name].median for name in map(describe, SHIPPED.values()) if name in timing_of
-    )
+
+    def median_us(name: str) -> dict[str, float]:
+        return {mode: timing_of[mode][name].median for mode in modes}
+
+    best = min(ran, key=lambda name: sum(median_us(name).values()))
+    untuned = describe(SHIPPED[default_height(case.num_assignments, case.model.num_experts)])
+    where = provenance()
     return Tuned(
-        provenance()["gpu"],
-        model.num_experts,
-        model.top_k,
-        model.hidden,
-        model.intermediate,
+        where["gpu"],
+        case.layer,
         case.num_tokens,
-        mode,
-        asdict(tried[best]),
-        timing_of[best].median,
-        shipped_us,
-        provenance()["commit"],
+        tried[best],
+        median_us(best),
+        median_us(untuned) if untuned in ran else {},
+        where["torch"],
+        where["triton"],
+        where["commit"],
+        where["date"],
     )
 
 
@@ -105,12 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tried", type=int, default=12, help="best of the ranking to time (12)")
-    parser.add_argument("--out", type=Path, default=Path("perf/results/tuned.json"))
+    parser.add_argument(
+        "--out", type=Path, default=TABLE_PATH, help="table to enter results in (the shipped one)"
+    )
     parser.add_argument("--predict", action="store_true", help="only print the ranking")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune and write the table; 2 without a GPU."""
+    """Tune and enter the results in the table; 2 without a GPU."""
     cases = [
         Case(SHAPES[name], num_tokens, arguments.scenario)
         for name in arguments.model
@@ -129,30 +121,23 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 2
     bench = Bench(torch.device("cuda"), protocol=QUICK)
-    table = [tune(bench, case, mode, arguments.tried) for case in cases for mode in arguments.mode]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps([asdict(entry) for entry in table], indent=1) + "\n")
-    for entry in table:
-        print(
-            f"T={entry.num_tokens} {entry.mode}: {entry.median_us:.0f} us, "
-            f"best shipped {entry.default_us:.0f} us"
-        )
+    for case in cases:
+        entry = tune(bench, case, arguments.mode, arguments.tried)
+        merge_into_table(arguments.out, [entry])  # at once: a later case may run out of time
+        print(f"{case.name} T={case.num_tokens}: {describe(entry.config)}")
+        for mode, us in entry.median_us.items():
+            shipped_us = entry.shipped_us.get(mode, float("nan"))
+            print(f"  {mode}: {us:.0f} us, shipped config {shipped_us:.0f} us")
     print("\n".join(dict.fromkeys(bench.notes)))
     return 0
 
 
 def print_ranking(case: Case, mode: str, num_shown: int) -> None:
-    """Print the simulator's best configs and its figures for the shipped ones."""
-    load_E = make_loads(case)
+    """Print the simulator's best configs and its figure for the default."""
+    load_E, default = make_loads(case), case.default_config
     print(f"{LABEL}\n{case.name}, T = {case.num_tokens}, {mode}")
-    default = default_of(case)
     ranked = search_configs(default, case.model, case.num_tokens, load_E, mode)
     for predicted_us, config in ranked[:num_shown]:
         print(f"  {predicted_us:9.0f} us predicted  {describe(config)}")
     default_us = dict((config, us) for us, config in ranked)[default]
     print(f"  {default_us:9.0f} us predicted  the default: {describe(default)}")
-
-
-def default_of(case: Case) -> KernelConfig:
-    """Return the shipped config that moe() takes for a case on a GPU."""
-    return SHIPPED[default_height(case.num_assignments, case.model.num_experts)]

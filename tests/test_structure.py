@@ -51,7 +51,7 @@ def test_nobody_imports_the_tests() -> None:
 NEEDED = {
     "reference": {"torch"},
     "balance": {"numpy", "torch"},
-    "megakernel": {"torch", "triton"},
+    "megakernel": {"numpy", "torch", "triton"},
 }
 
 

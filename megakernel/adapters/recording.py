@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megakernel.adapters.blocks import FusedBlock, LayerState
-from megakernel.adapters.modules import MoELayer, find_layers
-from megakernel.config import default_config
+from megakernel.adapters.modules import MoELayer, find_layers, read_experts
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
+from megakernel.tuned import default_config
 
 
 class RoutingRecord:
@@ -136,12 +136,13 @@ def _fused_state(layer: MoELayer) -> LayerState:
 
 def _prepare(ids_TK: Tensor, layer: MoELayer, placement: Placement | None) -> Replay:
     """Build one layer's tables, for the config that a live call would choose."""
-    experts: Any = layer.experts
-    weight = experts.down_proj
-    config = _fused_state(layer).config
+    experts, config = read_experts(layer.experts), _fused_state(layer).config
+    weight = experts.down_EHI
     if config is None:
-        config = default_config(ids_TK.numel(), len(weight), weight.dtype, weight.device)
-    return prepare_replay(ids_TK.to(weight.device), len(weight), placement, config)
+        num_tokens, top_k = ids_TK.shape
+        shape = experts.layer_shape(top_k)
+        config = default_config(shape, num_tokens, weight.dtype, weight.device)
+    return prepare_replay(ids_TK.to(weight.device), experts.num_experts, placement, config)
 
 
 def one_each(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import megakernel
 from megakernel import MoEOutput, Placement, moe, moe_routed, prepare_replay
-from megakernel.config import LOW, MIDDLE
+from megakernel.config import ROWS16, ROWS64
 from tests.gpu.layers import make_layer
 from tests.support import Inputs, assert_same_bits
 
@@ -20,7 +20,7 @@ QWEN = "Qwen3-30B-A3B"
 
 def layer(inputs: Inputs, x_TH: Tensor, **options: object) -> MoEOutput:
     """Run the layer on other tokens than its own, as low tiles unless told otherwise."""
-    options.setdefault("config", LOW)
+    options.setdefault("config", ROWS16)
     return moe(x_TH, inputs.router_EH, inputs.experts, inputs.router, **options)  # type: ignore
 
 
@@ -87,7 +87,7 @@ def test_a_graph_survives_larger_eager_calls(cuda: torch.device) -> None:
     x_TH = inputs.x_TH[:16].clone()
     graph, out = capture(lambda: layer(inputs, x_TH))
     expected = layer(inputs, x_TH)
-    layer(inputs, inputs.x_TH, config=MIDDLE)  # grows the scratch of eager calls
+    layer(inputs, inputs.x_TH, config=ROWS64)  # grows the scratch of eager calls
     graph.replay()
     assert_same_output(actual=out, expected=expected)
 
@@ -97,7 +97,7 @@ def test_a_graph_of_a_replay_keeps_the_ids_and_weighs_live(cuda: torch.device) -
     experts = torch.cat([torch.randperm(inputs.case.E), torch.tensor([0, 1, 0, -1])]).to(cuda)
     placement = Placement(experts)
     ids_TK = layer(inputs, inputs.x_TH).expert_of_TK
-    replay = prepare_replay(ids_TK, inputs.case.E, placement, LOW)
+    replay = prepare_replay(ids_TK, inputs.case.E, placement, ROWS16)
     x_TH = inputs.x_TH.clone()
     graph, out = capture(lambda: layer(inputs, x_TH, replay=replay))
     for tokens_TH in draws_like(x_TH, 2):
@@ -113,7 +113,7 @@ def test_a_graph_reports_a_bad_id_of_its_replay(cuda: torch.device) -> None:
     ids_TK = good.expert_of_TK.clone()
 
     def given() -> MoEOutput:
-        y_TH = moe_routed(inputs.x_TH, ids_TK, good.gate_TK, inputs.experts, config=LOW)
+        y_TH = moe_routed(inputs.x_TH, ids_TK, good.gate_TK, inputs.experts, config=ROWS16)
         return good._replace(y_TH=y_TH)  # the rest is not written by the graph
 
     graph, out = capture(given)
@@ -139,7 +139,7 @@ def test_capturing_a_cold_layer_is_refused(cuda: torch.device, monkeypatch) -> N
 def test_inductor_compiles_the_whole_layer(device: torch.device) -> None:
     inputs = make_layer(QWEN, 64, device)
     placement = Placement(torch.randperm(inputs.case.E).to(device))
-    replay = prepare_replay(layer(inputs, inputs.x_TH).expert_of_TK, inputs.case.E, None, LOW)
+    replay = prepare_replay(layer(inputs, inputs.x_TH).expert_of_TK, inputs.case.E, None, ROWS16)
 
     def block(x_TH: Tensor) -> tuple[MoEOutput, Tensor]:
         live = layer(inputs, x_TH + x_TH, placement=placement)

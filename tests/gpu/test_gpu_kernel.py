@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reference
 from megakernel import Experts, MoEOutput, Placement, Router, moe, moe_routed, prepare_replay
-from megakernel.config import LOW, MIDDLE, TALL
+from megakernel.config import ROWS16, ROWS64, ROWS128
 from tests.cases import CASES, SHAPES, Case, name_of
 from tests.gpu.layers import (
     eager_rows,
@@ -144,10 +144,10 @@ def test_weights_over_all_experts(device: torch.device) -> None:
 def test_one_expert_takes_all_tokens_of_a_replay(device: torch.device) -> None:
     inputs = make_layer(QWEN, 4096, device)
     ids_TK = torch.arange(inputs.case.K, device=device).repeat(len(inputs.x_TH), 1)
-    replay = prepare_replay(ids_TK, inputs.case.E, config=MIDDLE)
+    replay = prepare_replay(ids_TK, inputs.case.E, config=ROWS64)
     poison_scratch()
     out = moe(
-        inputs.x_TH, inputs.router_EH, inputs.experts, inputs.router, replay=replay, config=MIDDLE
+        inputs.x_TH, inputs.router_EH, inputs.experts, inputs.router, replay=replay, config=ROWS64
     )
     assert torch.equal(out.expert_of_TK, ids_TK.int())
     assert worst_row_error(actual=out.y_TH, expected=eager_rows(inputs, out)) < 3e-2
@@ -155,10 +155,10 @@ def test_one_expert_takes_all_tokens_of_a_replay(device: torch.device) -> None:
 
 def test_bits_do_not_depend_on_the_number_of_workers(device: torch.device) -> None:
     inputs = make_layer(QWEN, 96, device)
-    expected = run(inputs, config=LOW)
+    expected = run(inputs, config=ROWS16)
     # Fewer than multiprocessors, as many, two each, an odd number, more than fit.
     for num_workers in (1, 7, 40, 132, 264, 301, 1056):
-        actual = run(inputs, config=replace(LOW, num_workers=num_workers))
+        actual = run(inputs, config=replace(ROWS16, num_workers=num_workers))
         for got, want in zip(actual, expected, strict=True):
             assert_same_bits(actual=got, expected=want)
 
@@ -166,7 +166,7 @@ def test_bits_do_not_depend_on_the_number_of_workers(device: torch.device) -> No
 def test_bits_do_not_depend_on_placement_split_or_replay(device: torch.device) -> None:
     inputs = make_layer(QWEN, 512, device)
     E = inputs.case.E
-    live = run(inputs, config=MIDDLE)
+    live = run(inputs, config=ROWS64)
     experts = torch.cat([torch.randperm(E), torch.tensor([-1, 0, 0, 3, 5, 0, E - 1])])
     even = Placement(experts.to(device))
     last_slot_of_E = torch.empty(E, dtype=torch.int64, device=device)
@@ -177,15 +177,15 @@ def test_bits_do_not_depend_on_placement_split_or_replay(device: torch.device) -
     given = inputs.x_TH, live.expert_of_TK, live.gate_TK, inputs.experts
     long_ids = inputs.x_TH, live.expert_of_TK.long(), live.gate_TK, inputs.experts
     calls: dict[str, Callable[[], Tensor]] = {
-        "even split": lambda: run(inputs, placement=even, config=MIDDLE).y_TH,
-        "named slots": lambda: run(inputs, placement=named, config=MIDDLE).y_TH,
-        "given": lambda: moe_routed(*given, config=MIDDLE),
-        "given int64, named": lambda: moe_routed(*long_ids, placement=named, config=MIDDLE),
+        "even split": lambda: run(inputs, placement=even, config=ROWS64).y_TH,
+        "named slots": lambda: run(inputs, placement=named, config=ROWS64).y_TH,
+        "given": lambda: moe_routed(*given, config=ROWS64),
+        "given int64, named": lambda: moe_routed(*long_ids, placement=named, config=ROWS64),
     }
     for name, plan in (("none", None), ("even", even), ("named", named)):
-        replay = prepare_replay(live.expert_of_TK, E, plan, MIDDLE)
+        replay = prepare_replay(live.expert_of_TK, E, plan, ROWS64)
         calls[f"replay {name}"] = lambda replay=replay: (
-            run(inputs, replay=replay, config=MIDDLE).y_TH
+            run(inputs, replay=replay, config=ROWS64).y_TH
         )
     for call in calls.values():
         poison_scratch()
@@ -194,21 +194,21 @@ def test_bits_do_not_depend_on_placement_split_or_replay(device: torch.device) -
 
 def test_bits_do_not_depend_on_the_other_tokens(device: torch.device) -> None:
     inputs = make_layer(QWEN, 4096, device)
-    whole = run(inputs, config=TALL)
+    whole = run(inputs, config=ROWS128)
     T = len(inputs.x_TH)
     for tokens in (slice(0, 1), slice(T // 41, T // 3), slice(T - 1, T)):
         part = Inputs(inputs.case, inputs.x_TH[tokens], inputs.router_EH, inputs.experts)
-        for got, want in zip(per_token(run(part, config=TALL)), per_token(whole), strict=True):
+        for got, want in zip(per_token(run(part, config=ROWS128)), per_token(whole), strict=True):
             assert_same_bits(actual=got, expected=want[tokens])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_bad_token_touches_no_other(value: float, device: torch.device) -> None:
     inputs = make_layer(QWEN, 96, device)
-    clean = run(inputs, config=LOW)
+    clean = run(inputs, config=ROWS16)
     dirty_TH = inputs.x_TH.clone()
     dirty_TH[1], dirty_TH[4, 3] = value, value
-    dirty = run(Inputs(inputs.case, dirty_TH, inputs.router_EH, inputs.experts), config=LOW)
+    dirty = run(Inputs(inputs.case, dirty_TH, inputs.router_EH, inputs.experts), config=ROWS16)
     others = torch.ones(len(dirty_TH), dtype=torch.bool, device=device)
     others[[1, 4]] = False
     for got, want in zip(per_token(dirty), per_token(clean), strict=True):
@@ -218,7 +218,7 @@ def test_a_bad_token_touches_no_other(value: float, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "config"), [(64, LOW), (4096, TALL)], ids=["decode", "training"]
+    ("num_tokens", "config"), [(64, ROWS16), (4096, ROWS128)], ids=["decode", "training"]
 )
 def test_a_thousand_runs_give_the_same_bits(num_tokens: int, config, device: torch.device) -> None:
     """Scratch is NaN before each, so a read that comes too early can not find the right value."""

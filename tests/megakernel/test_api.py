@@ -135,7 +135,7 @@ REFUSED = {
     "block not a power of two": (lambda: KernelConfig(block_rows=48), r"block_rows.*two.*48"),
     "tile too large to interpret": (
         lambda: moe(X, ROUTER, EXPERTS, Router(2), config=KernelConfig(step=128)),
-        r"config.*1048576 in the interpreter, got 2097152",
+        r"config.*1048576 in the interpreter, got 4194304",
     ),
     "no workers": (lambda: KernelConfig(num_workers=0), r"num_workers.*positive.*0"),
 }

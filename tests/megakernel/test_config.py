@@ -1,5 +1,7 @@
 """Configs: what is legal, what is chosen, how a config travels through a custom op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,9 +10,10 @@ from megakernel.config import (
     INTERPRETER,
     SHIPPED,
     KernelConfig,
-    default_config,
+    default_height,
     resolve_polls,
     resolve_workers,
+    usual_rows,
     why_illegal,
 )
 
@@ -26,8 +29,17 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ({"num_stages": 2.5}, "num_stages must be a positive integer, got 2.5"),
         ({"max_polls": True}, "max_polls must be a positive integer, got True"),
         ({"select_tokens": 128}, "select_tokens must divide block_tokens=64, got 128"),
+        ({"record_times": 1}, "record_times must be True or False, got 1"),
     ],
-    ids=["too low", "no power of two", "negative", "not an integer", "boolean", "no divisor"],
+    ids=[
+        "too low",
+        "no power of two",
+        "negative",
+        "not an integer",
+        "boolean",
+        "no divisor",
+        "a number for a flag",
+    ],
 )
 def test_an_illegal_config_is_refused_with_the_rule(change, rule):
     with pytest.raises(ValueError, match=f"^{rule}$"):
@@ -37,22 +49,19 @@ def test_an_illegal_config_is_refused_with_the_rule(change, rule):
 @pytest.mark.parametrize("config", [*SHIPPED.values(), FLOAT32, INTERPRETER])
 def test_shipped_configs_are_legal_and_survive_the_custom_op(config):
     assert why_illegal(config) is None
-    assert KernelConfig.decode(config.encode()) == config
+    for one in (config, replace(config, record_times=True)):
+        assert KernelConfig.decode(one.encode()) == one
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "device", "expected"),
-    [
-        (8192, torch.bfloat16, GPU, SHIPPED["tall"]),
-        (1024, torch.float16, GPU, SHIPPED["middle"]),
-        (64, torch.bfloat16, GPU, SHIPPED["low"]),
-        (8192, torch.float32, GPU, FLOAT32),
-        (8192, torch.bfloat16, CPU, INTERPRETER),
-    ],
-    ids=["512 rows per expert", "64 rows", "4 rows", "no tensor cores", "interpreted"],
-)
-def test_the_default_follows_rows_per_expert_dtype_and_device(tokens, dtype, device, expected):
-    assert default_config(tokens * 8, 128, dtype, device) == expected
+    ("rows_per_expert", "name"),
+    [(0, "rows16"), (8, "rows16"), (16, "rows32"), (32, "rows64"), (64, "rows128"),
+     (4096, "rows128")],
+)  # fmt: skip
+def test_the_usual_height_follows_rows_per_expert(rows_per_expert, name):
+    assert default_height(rows_per_expert * 8, 8) == name
+    assert usual_rows(rows_per_expert * 8, 8, GPU) == SHIPPED[name].block_rows
+    assert usual_rows(rows_per_expert * 8, 8, CPU) == INTERPRETER.block_rows
 
 
 def test_workers_and_polls_are_taken_as_given_or_from_the_device():

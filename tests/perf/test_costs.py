@@ -40,17 +40,30 @@ def test_every_kind_of_task_costs_something():
 def test_a_full_tile_costs_at_least_its_product_and_its_reads():
     _, costs = costs_of(load_E=np.full(128, 128))
     task = Task(costs.spec.FFN1, 0, 0)
-    flops = 2 * 128 * 128 * 2048
-    least_us = 1e6 * flops / (H200.roofs.dense_flops_per_s / 264)
-    read_us = 1e6 * (128 + 128) * 2048 * 2 / (H200.roofs.l2_bytes_per_s / 264)
+    rows, columns = costs.spec.ffn1_tile
+    flops = 2 * rows * columns * 2048
+    least_us = 1e6 * flops / (H200.roofs.dense_flops_per_s / costs.num_workers)
+    read_us = 1e6 * (rows + columns) * 2048 * 2 / (H200.roofs.l2_bytes_per_s / costs.num_workers)
     assert costs.demand(task).steps_us >= max(least_us, read_us) * 0.999
 
 
 def test_weights_come_from_memory_once_while_they_stay_cached():
     _, costs = costs_of(load_E=np.full(128, 256))
     first, again = (costs.demand(Task(costs.spec.FFN1, tile, 0)) for tile in (0, 1))
-    weight_bytes = 2 * 64 * 2048 * 2
+    weight_bytes = costs.spec.ffn1_tile[1] * 2048 * 2
     assert first.moved_bytes - again.moved_bytes == weight_bytes
+
+
+def test_a_task_that_moves_nothing_does_not_wait_for_its_neighbours_traffic():
+    load_E = np.zeros(128, np.int64)
+    load_E[:64] = 16
+    launch, costs = costs_of(load_E=load_E)
+    tasks = list(launch.schedule.tasks())
+    us_of_task = dict(zip(tasks, costs(tasks), strict=True))
+    spec, empty = launch.schedule.spec, launch.schedule.num_tiles - 1
+    assert us_of_task[Task(spec.FFN1, empty, 0)] == H200.latency_us
+    assert us_of_task[Task(spec.PREFIX, 0)] < 3 * H200.latency_us
+    assert us_of_task[Task(spec.FFN1, 0, 0)] > 3 * H200.latency_us
 
 
 def test_weights_come_from_memory_again_after_a_cache_full_of_others():

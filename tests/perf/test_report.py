@@ -6,7 +6,7 @@ from perf import record
 from perf.__main__ import main
 from perf.measure import Timing
 from perf.record import make_row
-from perf.report import covered, draw_all, format_tables
+from perf.report import draw_all, format_tables
 
 
 def rows_of_all_suites():
@@ -52,14 +52,6 @@ def test_tables_come_from_the_rows():
     text = format_tables(rows_of_all_suites())
     assert "## forward: time in us" in text
     assert "| tiny/uniform | 8 | graph | 10.8 | 20.8 |" in text
-
-
-def test_covered_counts_spans_at_once():
-    import numpy as np
-
-    start_N, end_N = np.array([0.0, 1.0]), np.array([2.0, 2.0])
-    chosen_N = np.array([True, True])
-    assert covered(end_N, start_N, chosen_N, np.array([0.0, 1.0, 2.0, 3.0])).tolist() == [1, 2, 0]
 
 
 def test_the_command_draws_results_and_a_predicted_timeline(tmp_path, capsys):

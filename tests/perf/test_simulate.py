@@ -91,7 +91,7 @@ def test_replay_is_predicted_faster_than_a_live_gate():
     model = SHAPES["OLMoE"]
     load_E = make_loads(Case(model, 512, "recorded"))
     live, replay = (
-        predict(model, 512, load_E, SHIPPED["middle"], mode).launch_us
+        predict(model, 512, load_E, SHIPPED["rows64"], mode).launch_us
         for mode in ("live", "replay")
     )
     assert replay < live
@@ -103,14 +103,14 @@ def test_a_prediction_stays_above_the_roofline():
     model = SHAPES["OLMoE"]
     for num_tokens in (1, 64, 512):
         load_E = make_loads(Case(model, num_tokens, "uniform"))
-        found = predict(model, num_tokens, load_E, SHIPPED["low"])
+        found = predict(model, num_tokens, load_E, SHIPPED["rows16"])
         assert found.launch_us > H200.roofs.least_us(useful_work(model, num_tokens, load_E))
 
 
 def test_the_search_tries_legal_configs_and_never_ends_worse():
     load_E = make_loads(Case(TINY, 32, "uniform"))
-    ranked = search_configs(SHIPPED["tall"], TINY, 32, load_E, "live")
+    ranked = search_configs(SHIPPED["rows128"], TINY, 32, load_E, "live")
     predicted_us = [us for us, _ in ranked]
     assert predicted_us == sorted(predicted_us)
-    assert SHIPPED["tall"] in [config for _, config in ranked]
-    assert all(why_illegal(config) is None for config in neighbours(SHIPPED["tall"]))
+    assert SHIPPED["rows128"] in [config for _, config in ranked]
+    assert all(why_illegal(config) is None for config in neighbours(SHIPPED["rows128"]))

@@ -1,11 +1,12 @@
 """The command prints predictions as such, and refuses what it cannot predict."""
 
-import json
-
 import pytest
 
 from megakernel.schedule import NAMES
+from perf import record
 from perf.__main__ import main
+from perf.measure import Timing
+from perf.record import make_row
 from perf.simulate import LABEL
 
 
@@ -19,12 +20,26 @@ def test_the_command_labels_its_figures_and_draws(tmp_path, capsys):
 
 
 def test_the_command_takes_measured_costs_and_searches(tmp_path, capsys):
-    costs = tmp_path / "costs.json"
-    costs.write_text(json.dumps(dict.fromkeys(NAMES, 3.0)))
+    costs = tmp_path / "timeline.csv"
+    case = ("timeline", "tiny/recorded", "ours", 40, "replay")
+    record.write(
+        [make_row(*case, f"{name} cost", "us", Timing.exact(3.0)) for name in NAMES], costs
+    )
     argv = ["simulate", "--model", "tiny", "--tokens", "40", "--mode", "replay"]
     assert main([*argv, "--costs", str(costs)]) == 0
     assert main([*argv, "--search", "2"]) == 0
     assert capsys.readouterr().out.count(" us predicted") == 2
+
+
+def test_costs_of_another_case_are_refused(tmp_path, capsys):
+    costs = tmp_path / "timeline.csv"
+    case = ("timeline", "tiny/recorded", "ours", 8, "live")
+    record.write([make_row(*case, "FFN1 cost", "us", Timing.exact(3.0))], costs)
+    argv = ["simulate", "--model", "tiny", "--costs", str(costs)]
+    assert main([*argv, "--tokens", "40"]) == 2
+    assert "--costs must hold the cost of tasks" in capsys.readouterr().err
+    assert main([*argv, "--tokens", "8"]) == 2  # one kind of task of six
+    assert "us_of_kind must have every kind of task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -33,8 +48,9 @@ def test_the_command_takes_measured_costs_and_searches(tmp_path, capsys):
         (["--set", "colour=3"], "--set must be FIELD=N"),
         (["--set", "block_rows=7"], "block_rows must be a power of two"),
         (["--scenario", "gpt-oss"], "the trace is of 32 experts"),
+        (["--costs", "nowhere.csv"], "nowhere.csv"),
     ],
-    ids=["unknown-field", "illegal-value", "no-such-trace"],
+    ids=["unknown-field", "illegal-value", "no-such-trace", "no-such-file"],
 )
 def test_bad_arguments_end_with_a_reason(argv, words, capsys):
     assert main(["simulate", "--model", "tiny", "--tokens", "8", *argv]) == 2

@@ -1,20 +1,22 @@
 """Tuning: refused without a GPU, rehearsed on a tiny layer."""
 
-from dataclasses import asdict, replace
+import argparse
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megakernel.config import SHIPPED, KernelConfig
+from megakernel.config import SHIPPED, LayerShape
+from megakernel.tuned import Tuned, read_table
 from perf.__main__ import main
 from perf.bench import Bench
 from perf.cases import TINY, Case
-from perf.measure import Protocol
+from perf.measure import Protocol, Timing
 from perf.providers import make_problem
 from perf.simulate import LABEL
-from perf.tune import time_configs, tune
+from perf.tune import run, time_configs, tune
 
-LOW = SHIPPED["low"]
+ROWS16 = SHIPPED["rows16"]
 
 
 def rehearsal():
@@ -39,18 +41,50 @@ def test_a_ranking_is_printed_as_a_prediction(capsys):
 @pytest.mark.parametrize("mode", ["live", "replay"])
 def test_configs_are_checked_before_they_are_timed(mode):
     problem = make_problem(Case(TINY, 12), torch.device("cpu"))
-    configs = {"low": LOW, "two workers": replace(LOW, num_workers=2)}
+    configs = {"rows16": ROWS16, "two workers": replace(ROWS16, num_workers=2)}
     timing_of = time_configs(rehearsal(), problem, mode, configs)
     assert set(timing_of) == set(configs)
     assert all(timing.median > 0 for timing in timing_of.values())
 
 
 def test_the_fastest_config_enters_the_table(monkeypatch):
-    monkeypatch.setattr("perf.tune.SHIPPED", {"low": LOW})
-    monkeypatch.setattr("perf.tune.search_configs", lambda *_: [(1.0, LOW)])
-    monkeypatch.setattr("perf.tune.default_of", lambda case: LOW)
-    entry = tune(rehearsal(), Case(TINY, 8), "live", 1)
-    assert (entry.num_experts, entry.num_tokens, entry.mode) == (8, 8, "live")
-    assert KernelConfig(**entry.config) == LOW
-    assert entry.median_us == entry.default_us > 0
-    assert asdict(entry)["gpu"]
+    us_of = {"live": {16: 9.0, 32: 4.0, 64: 5.0, 128: 7.0},
+             "replay": {16: 1.0, 32: 4.0, 64: 2.0, 128: 7.0}}  # fmt: skip
+
+    def times(bench, problem, mode, configs):
+        return {name: Timing.exact(us_of[mode][c.block_rows]) for name, c in configs.items()}
+
+    monkeypatch.setattr("perf.tune.time_configs", times)
+    monkeypatch.setattr("perf.tune.search_configs", lambda *_: [])
+    entry = tune(rehearsal(), Case(TINY, 8), ("live", "replay"), 1)
+    assert entry.key == ("none", LayerShape(8, 2, 64, 32), 8)
+    assert entry.config.block_rows == 64  # least sum, though the fastest in neither mode
+    assert entry.median_us == {"live": 5.0, "replay": 2.0}
+    assert entry.shipped_us == {"live": 9.0, "replay": 1.0}
+
+
+def test_a_config_that_fails_in_one_mode_is_not_chosen(monkeypatch):
+    def times(bench, problem, mode, configs):
+        kept = {name: c for name, c in configs.items() if (mode, c.block_rows) != ("replay", 16)}
+        return {name: Timing.exact(c.block_rows) for name, c in kept.items()}
+
+    monkeypatch.setattr("perf.tune.time_configs", times)
+    monkeypatch.setattr("perf.tune.search_configs", lambda *_: [])
+    entry = tune(rehearsal(), Case(TINY, 8), ("live", "replay"), 1)
+    assert entry.config.block_rows == 32
+    assert entry.shipped_us == {}
+
+
+def test_measured_entries_reach_the_table(monkeypatch, tmp_path, capsys):
+    entry = Tuned("NVIDIA H200", LayerShape(8, 2, 64, 32), 8, ROWS16, {"live": 5.0},
+                  {"live": 9.0}, "2", "3", "abc", "2026-01-01")  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("perf.tune.tune", lambda *_: entry)
+    path = tmp_path / "tuned.json"
+    arguments = argparse.Namespace(
+        model=["tiny"], tokens=[8], scenario="uniform", mode=["live"], tried=1, out=path,
+        predict=False,
+    )  # fmt: skip
+    assert run(arguments) == 0
+    assert read_table(path) == (entry,)
+    assert "live: 5 us, shipped config 9 us" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+"""What the launch does inside: the times it keeps of its tasks, and the simulator fed with them.
+
+On a GPU a clock counts nanoseconds. In the interpreter it counts its readings, which rehearses the
+suite and measures nothing.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from megakernel.models import MODELS
+from megakernel.schedule import NAMES
+from megakernel.timeline import Timeline, read_timeline
+from megakernel.tuned import default_config
+from perf.bench import Bench
+from perf.cases import TINY, Case, make_loads
+from perf.costs import MeasuredCosts, is_empty
+from perf.measure import Timing
+from perf.providers import Provider, make_problem, prepare
+from perf.record import provenance
+from perf.simulate import Launch, make_launch, simulate
+from perf.timelines import Saved
+from perf.tune import configured_call
+
+MODES = ("live", "replay")
+TIMED_TOKENS = (8192, 64)
+TIMED_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
+
+
+def timeline(bench: Bench) -> None:
+    """Times of every task, what keeping them costs, and what the simulator makes of them."""
+    for case in bench.each(timed_cases(bench)):
+        for mode in MODES:
+            record_launch(bench, case, mode)
+
+
+def timed_cases(bench: Bench) -> list[Case]:
+    """Return the cases whose launches are taken apart; a tiny one without a GPU."""
+    if not bench.on_gpu:
+        return [Case(TINY, 24, "recorded")]
+    models = TIMED_MODELS[:1] if bench.quick else TIMED_MODELS
+    return [Case(MODELS[name], T, "recorded") for T in TIMED_TOKENS for name in models]
+
+
+def record_launch(bench: Bench, case: Case, mode: str) -> None:
+    """Run a case with the clock and without, and keep its figures and its timeline."""
+    plain = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
+    timed = replace(plain, record_times=True)
+    providers = [
+        Provider(name, partial(configured_call, mode=mode, config=config))
+        for name, config in (("without", plain), ("with", timed))
+    ]
+    ready = prepare(make_problem(case, bench.device), providers)
+    bench.failures += [f"{case.name}, {mode}, {name}: {why}" for name, why in ready.failed.items()]
+    if len(ready.calls) < len(providers):
+        return
+    timing_of = bench.time(ready.calls)["graph" if bench.on_gpu else "eager"]
+    ready.calls["with"]()
+    times = read_timeline(bench.device)
+    launch = make_launch(case.model, case.num_tokens, make_loads(case), plain, mode, bench.machine)
+    add_task_times(bench, case, mode, times, launch)
+    if bench.on_gpu:
+        cost = timing_of["with"].scaled(1 / timing_of["without"].median)
+        bench.add(
+            "timeline", case, "ours", mode, "time with the clock over without", "ratio", cost
+        )
+        add_replayed_prediction(bench, case, mode, times, launch, timing_of["without"])
+    where = provenance()
+    unit = "" if bench.on_gpu else ", interpreted: counts of readings, not us"
+    title = (
+        f"{case.name}, T = {case.num_tokens}, {mode}{unit}\n"
+        f"{where['gpu']}, triton {where['triton']}, {where['commit']}, {where['date']}"
+    )
+    name = f"{case.model.name}_{case.num_tokens}_{mode}".replace(" ", "-")
+    bench.timelines[name] = Saved(title, times)
+
+
+def task_us(times: Timeline, launch: Launch) -> dict[str, list[float]]:
+    """Return the times of each kind's tasks, without those of tiles that hold no row."""
+    spent: dict[str, list[float]] = {name: [] for name in NAMES}
+    for task, us in zip(launch.schedule.tasks(), times.end_N - times.start_N, strict=True):
+        if not is_empty(task, launch.tiles):
+            spent[NAMES[task.kind]].append(float(us))
+    return spent
+
+
+def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline, launch: Launch) -> None:
+    """Add the time of a task of each kind, and each kind's share of the workers' time."""
+    unit = "us" if bench.on_gpu else "readings"
+    for name, spent in task_us(times, launch).items():
+        if spent:
+            bench.add("timeline", case, "ours", mode, f"{name} task", unit, Timing.of(spent))
+    for name, us in times.us_of_kind().items():
+        share = Timing.exact(us / times.launch_us)
+        bench.add("timeline", case, "ours", mode, f"workers in {name}", "share", share)
+
+
+def add_replayed_prediction(
+    bench: Bench, case: Case, mode: str, times: Timeline, launch: Launch, measured: Timing
+) -> None:
+    """Add how far off the simulator is when each kind of task costs its measured mean.
+
+    A task's time holds its signal, which the simulator adds by itself.
+    """
+    signalling = {NAMES[task.kind] for task in launch.schedule.tasks()
+                  if launch.schedule.signal(task) is not None}  # fmt: skip
+    mean_us = {}
+    for name, spent in task_us(times, launch).items():
+        mean = sum(spent) / len(spent) if spent else 0.0
+        mean_us[name] = max(mean - bench.machine.signal_us * (name in signalling), 0.0)
+    predicted = simulate(launch, MeasuredCosts(mean_us, launch.tiles), bench.machine)
+    error = Timing.exact(predicted.launch_us / measured.median - 1)
+    bench.add("timeline", case, "ours", mode, "prediction error, measured tasks", "ratio", error)
+    for name, us in mean_us.items():
+        bench.add("timeline", case, "ours", mode, f"{name} cost", "us", Timing.exact(us))
