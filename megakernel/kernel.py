@@ -92,6 +92,7 @@ def moe_kernel(
     """
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
     num_tasks = count_tasks(num_tokens, num_tiles, C)
+    scatters_seen = 0  # what a worker has once acquired, it need not poll for again
     task = claim(control, C)
     while task < num_tasks:
         begin(control, task, C)
@@ -125,7 +126,10 @@ def moe_kernel(
             ready = task >= 0
             if not C.replay:
                 target = scatters_before(tile, token_tiles, num_tokens, C)
-                ready = wait(control, C.SCATTER_DONE, target, task, max_polls, C)
+                if scatters_seen < target:  # noqa: SIM102  (wait has effects)
+                    if wait(control, C.SCATTER_DONE, target, task, max_polls, C):
+                        scatters_seen = target
+                ready = scatters_seen >= target
             if ready:
                 ffn1_of(
                     tile, block, x_TH, gate_up, biases, shared_gate, shared_up, rows, h_CI,

@@ -113,12 +113,17 @@ def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Timel
     worker_N = np.zeros(len(tasks), np.int64)
     claim_N, start_N, end_N = np.zeros((3, len(tasks)))
     ready_at = np.zeros(schedule.num_counters)  # the last signal of each counter so far
+    has_tables: set[int] = set()  # workers that need not ask for the row tables again
     free = [(machine.launch_us / 2, worker) for worker in range(launch.num_workers)]
     for n, task in enumerate(tasks):
         claim, worker = heapq.heappop(free)
         start = claim + machine.claim_us
         for counter, _ in schedule.waits(task):
-            start = max(start, ready_at[counter]) + machine.poll_us
+            start = max(start, ready_at[counter])
+            if counter != schedule.spec.SCATTER_DONE or worker not in has_tables:
+                start += machine.poll_us
+        if task.kind == schedule.spec.FFN1:
+            has_tables.add(worker)
         end = start + cost_N[n]
         signal = schedule.signal(task)
         if signal is not None:

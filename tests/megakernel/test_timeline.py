@@ -43,6 +43,15 @@ def test_every_task_is_timed_after_those_it_waits_for(inputs, mode):
             last_signal[counter] = max(last_signal[counter], times.end_N[n])
 
 
+def test_a_worker_asks_for_the_row_tables_once(inputs):
+    run(inputs, config=TIMED)
+    times = read_timeline(CPU)
+    is_ffn1 = times.kind_N == NAMES.index("FFN1")
+    waited_N = times.start_N > times.claim_N
+    assert waited_N[is_ffn1].tolist() == [True] + [False] * (is_ffn1.sum() - 1)
+    assert waited_N[times.kind_N == NAMES.index("FFN2")].all()
+
+
 def test_a_workers_tasks_do_not_overlap_and_its_time_is_accounted_for(inputs):
     run(inputs, config=TIMED)
     times = read_timeline(CPU)
