@@ -75,12 +75,11 @@ class Demand:
 
 @dataclass
 class RooflineCosts:
-    """Cost of each task as the slowest of product, L2, memory and latency, plus fixed parts.
+    """Demand of each task: the slowest of product, L2 and latency, its traffic, and fixed parts.
 
     Workers on one multiprocessor share its tensor cores and bandwidth; a worker's waits and fills
     are then hidden by its neighbour's products, which is what several per multiprocessor are for.
-    Memory traffic comes from a least-recently-used model of L2, asked in the order of the list,
-    and tasks that run together share the memory's bandwidth.
+    Memory traffic comes from a least-recently-used model of L2, asked in the order of the list.
 
     Attributes:
         spec, num_tokens, tiles: the launch.
@@ -107,16 +106,9 @@ class RooflineCosts:
         self.heights = tuple(sorted(self.heights or (self.spec.block_rows,)))
         self._filled = int(np.count_nonzero(self.tiles.rows_of_tile))
 
-    def __call__(self, tasks: Sequence[Task]) -> np.ndarray:
-        """Return the microseconds of each task of a list, once it is ready, float64."""
-        demands = [self.demand(task) for task in tasks]
-        fixed_N = np.array([demand.fixed_us for demand in demands])
-        steps_N = np.array([demand.steps_us for demand in demands])
-        moved_N = np.array([demand.moved_bytes for demand in demands])
-        around_N = sum_around(moved_N, self.num_workers)  # neighbours in the list run together
-        shared_N = np.where(moved_N > 0, around_N, 0.0) / self.machine.roofs.copy_bytes_per_s
-        alone_N = moved_N / self.machine.sm_bytes_per_s
-        return fixed_N + np.maximum(steps_N, 1e6 * np.maximum(shared_N, alone_N))
+    def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
+        """Return what each task of a list demands, asked in the order of the list."""
+        return [self.demand(task) for task in tasks]
 
     def demand(self, task: Task) -> Demand:
         """Return what a task needs; changes what L2 holds."""
@@ -248,15 +240,6 @@ class RooflineCosts:
         self._last_use[key] = self._traffic
 
 
-def sum_around(value_N: np.ndarray, width: int) -> np.ndarray:
-    """Sum of the ``width`` values around each, fewer at the ends: [1, 2, 4] by 3 is [3, 7, 6]."""
-    running = np.concatenate([[0.0], np.cumsum(value_N)])
-    place_N = np.arange(len(value_N))
-    first_N = np.maximum(place_N - (width - 1) // 2, 0)
-    last_N = np.minimum(place_N + width // 2 + 1, len(value_N))
-    return running[last_N] - running[first_N]
-
-
 @dataclass(frozen=True)
 class MeasuredCosts:
     """Mean microseconds of each kind of task, as measured; a tile without rows costs nothing."""
@@ -269,9 +252,9 @@ class MeasuredCosts:
         if missing := [name for name in NAMES if name not in self.us_of_kind]:
             raise ValueError(f"us_of_kind must have every kind of task, got none for {missing}")
 
-    def __call__(self, tasks: Sequence[Task]) -> np.ndarray:
-        """Return the microseconds of each task of a list, float64."""
-        return np.array([self._cost_us(task) for task in tasks])
+    def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
+        """Return each task's measured time as one that nothing stretches."""
+        return [Demand(self._cost_us(task), 0.0) for task in tasks]
 
     def _cost_us(self, task: Task) -> float:
         return 0.0 if is_empty(task, self.tiles) else self.us_of_kind[NAMES[task.kind]]

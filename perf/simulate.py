@@ -1,10 +1,10 @@
 """Predict a launch: a discrete-event model of the queue, for a config and a routing.
 
 Nothing here is measured. Workers claim ids in order, wait for the tasks a task needs, and run it
-at the cost of ``perf.costs``; the order and the waits are the kernel's own (megakernel.schedule).
+(``perf.play``) for what it demands (``perf.costs``); the order and the waits are the kernel's own
+(``megakernel.schedule``).
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,9 +18,10 @@ from megakernel.models import ModelShape
 from megakernel.schedule import Schedule, Task, bound_tiles
 from megakernel.spec import KernelSpec
 from megakernel.timeline import Timeline
-from perf.costs import H200, Machine, RooflineCosts, Tiles
+from perf.costs import H200, Demand, Machine, RooflineCosts, Tiles
+from perf.play import Play
 
-TaskCosts = Callable[[Sequence[Task]], np.ndarray]
+TaskCosts = Callable[[Sequence[Task]], list[Demand]]
 LABEL = "PREDICTED by a model of the queue, not measured"
 
 # Tile shapes that compile for sm_90 without spills in a queue of this kind: rows, gate and up
@@ -103,37 +104,9 @@ def make_launch(
 
 
 def simulate(launch: Launch, costs: TaskCosts, machine: Machine = H200) -> Timeline:
-    """Play the queue: the worker that is free first claims the next id.
-
-    Every task waits only for lower ids, so one pass in the order of ids knows each end it needs.
-    """
-    schedule = launch.schedule
-    tasks = list(schedule.tasks())
-    cost_N = costs(tasks)
-    worker_N = np.zeros(len(tasks), np.int64)
-    claim_N, start_N, end_N = np.zeros((3, len(tasks)))
-    ready_at = np.zeros(schedule.num_counters)  # the last signal of each counter so far
-    has_tables: set[int] = set()  # workers that need not ask for the row tables again
-    free = [(machine.launch_us / 2, worker) for worker in range(launch.num_workers)]
-    for n, task in enumerate(tasks):
-        claim, worker = heapq.heappop(free)
-        start = claim + machine.claim_us
-        for counter, _ in schedule.waits(task):
-            start = max(start, ready_at[counter])
-            if counter != schedule.spec.SCATTER_DONE or worker not in has_tables:
-                start += machine.poll_us
-        if task.kind == schedule.spec.FFN1:
-            has_tables.add(worker)
-        end = start + cost_N[n]
-        signal = schedule.signal(task)
-        if signal is not None:
-            end += machine.signal_us
-            ready_at[signal] = max(ready_at[signal], end)
-        worker_N[n], claim_N[n], start_N[n], end_N[n] = worker, claim, start, end
-        heapq.heappush(free, (end, worker))
-    kind_N = np.array([task.kind for task in tasks])
-    last = float(end_N.max()) + machine.claim_us + machine.launch_us / 2
-    return Timeline(last, kind_N, worker_N, claim_N, start_N, end_N)
+    """Play the queue: the worker that is free first claims the next id."""
+    tasks = list(launch.schedule.tasks())
+    return Play(launch.schedule, tasks, costs(tasks), launch.num_workers, machine).run()
 
 
 def predict(
