@@ -96,7 +96,7 @@ def make_layer(case: CompileCase) -> Layer:
     routing = make_routing(case, T)
     table = _meta(num_tiles, dtype=torch.int32)
     rows_C = _meta(num_tiles * case.config.block_rows, dtype=torch.int32)
-    rows = Rows(None, None, None, None, routing.expert_of_TK, rows_C, table, table)
+    rows = Rows(routing.expert_of_TK, rows_C, table, table)
     return Layer(
         x_TH,
         _meta(model.num_experts, model.hidden) if has_gate else None,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from megakernel.queue import record_bad_input
+from megakernel.schedule import count_shared_tiles
 
 # Reasons in the error word; the host's texts are in errors.py.
 ID_OUT_OF_RANGE = tl.constexpr(1)
@@ -137,21 +138,20 @@ def fill_tile_table(first, last, num_rows, tile_start, rows, slots, C: tl.conste
     """Write expert and filled rows of the row tiles in [first, last)."""
     TILES: tl.constexpr = max(1, 2048 // C.slots_pad)
     slot_index = tl.arange(0, C.slots_pad)[None, :]
-    num_used = tl.sum((num_rows + C.block_rows - 1) // C.block_rows, 0)
     for start in range(first, last, TILES):
         tile = start + tl.arange(0, TILES)
+        inside = tile < last
         # Empty slots start where the next one does, so the last start at or below is the holder.
         slot = tl.sum((tile_start[None, :] <= tile[:, None]).to(tl.int32), 1) - 1
         is_slot = slot_index == slot[:, None]
         own_start = tl.sum(tl.where(is_slot, tile_start[None, :], 0), 1)
         own_rows = tl.sum(tl.where(is_slot, num_rows[None, :], 0), 1)
         filled = tl.minimum(own_rows - (tile - own_start) * C.block_rows, C.block_rows)
-        used = tile < num_used
         expert = slot
         if C.split != "one":
-            expert = tl.load(slots.expert_of_P + slot, mask=used, other=0)
-        tl.store(rows.expert_of_tile + tile, expert, mask=used & (tile < last))
-        tl.store(rows.rows_of_tile + tile, tl.where(used, filled, 0), mask=tile < last)
+            expert = tl.load(slots.expert_of_P + slot, mask=inside, other=0)
+        tl.store(rows.expert_of_tile + tile, expert, mask=inside)
+        tl.store(rows.rows_of_tile + tile, filled, mask=inside)
 
 
 @triton.jit
@@ -179,21 +179,24 @@ def drop(routing, assignment, dropped):
 
 @triton.jit
 def scatter_tile(
-    tile, routing, slots, rows, num_tokens, num_tiles, capacity, C: tl.constexpr
+    tile, routing, slots, rows, num_tokens, capacity, C: tl.constexpr
 ):  # fmt: skip
     """Place one token tile's assignments in rows, and write a share of the row tile table.
 
     Reads: ids or slots, rank_TK, base_GB, total_B. Writes: row_of_TK, assignment_of_C, its share
-    of expert_of_tile and rows_of_tile; ids and weights of choices over capacity; task 0 load_E.
-    Every task derives the slots' first tiles for itself, which is cheaper than one more wait.
+    of expert_of_tile and rows_of_tile; ids and weights of choices over capacity; task 0 load_E and
+    the number of row tiles. Every task derives the slots' first tiles for itself, which is cheaper
+    than one more wait.
     """
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
-    if routing.load_E is not None:  # noqa: SIM102  (known when compiling; the next is not)
-        if tile == 0:
-            store_load(routing.load_E, rows, slots, C)
     num_rows = rows_per_slot(rows, slots, capacity, C)
     slot_tiles = (num_rows + C.block_rows - 1) // C.block_rows
     tile_start = tl.cumsum(slot_tiles, 0) - slot_tiles
+    num_tiles = tl.sum(slot_tiles, 0)
+    if tile == 0:
+        tl.store(rows.num_tiles_1, count_shared_tiles(num_tokens, C) + num_tiles)
+        if routing.load_E is not None:
+            store_load(routing.load_E, rows, slots, C)
     slot_index = tl.arange(0, C.slots_pad)
     own_start = rows.tile_start_GP + tile.to(tl.int64) * C.slots_pad
     tl.store(own_start + slot_index, tile_start)

@@ -1,5 +1,7 @@
 """What can go wrong inside a launch, in words."""
 
+from dataclasses import replace
+
 from megakernel.dispatch import ID_OUT_OF_RANGE, ID_TWICE, SLOT_OF_OTHER_EXPERT
 from megakernel.queue import INPUT_AT, STALL_AT
 from megakernel.schedule import Schedule
@@ -11,7 +13,8 @@ class MegakernelStall(RuntimeError):  # noqa: N818  (the public name is agreed)
 
 def describe_stall(words: list[int], schedule: Schedule) -> str:
     """Say which task waited for which counter."""
-    _, task, counter, seen, target = words[STALL_AT : STALL_AT + 5]
+    _, task, counter, seen, target, num_tiles = words[STALL_AT : STALL_AT + 6]
+    schedule = replace(schedule, num_tiles=num_tiles)  # a live launch counts its row tiles itself
     return (
         f"{schedule.describe_task(task)} waited for {schedule.describe_counter(counter)} "
         f"to reach {target}, saw {seen}; the outputs of that call are not valid"

@@ -53,7 +53,7 @@ def _launch(
     layer = Layer(
         x_TH, router_EH, gate_up_E2IH, down_EHI, routing,
         Slots(*slots) if slots else NO_SLOTS,
-        Rows(None, None, None, None, *replay_rows) if replay_rows else None,
+        Rows(*replay_rows) if replay_rows else None,
         y_TH, Biases(router_bias_E, correction_bias_E, gate_up_bias_E2I, down_bias_EH),
         ExpertRule.decode(expert), SharedWeights(shared_gate_JH, shared_up_JH, shared_down_HJ),
         TokenGate(token_gate_1H, sigmoid_T), capacity, seed,
@@ -84,7 +84,7 @@ def launch_op(
         routing.gate_TK if gates_are_input else None,
         routing.slot_of_TK,
         [] if slots.expert_of_P is None else list(slots),
-        [] if rows is None else list(rows[4:]),
+        [] if rows is None else list(rows[:4]),
         layer.y_TH,
         None if ids_are_input else routing.expert_of_TK,
         None if gates_are_input else routing.gate_TK,

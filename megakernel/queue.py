@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-# Words of the error buffer. A stall is (1, task, counter, value seen, value awaited); a refused
-# input is (reason, token, choice, value). The host's copy also says which schedule ran.
+# Words of the error buffer. A stall is (1, task, counter, value seen, value awaited, row tiles); a
+# refused input is (reason, token, choice, value). The host's copy also says which schedule ran.
 STALL_AT = 0
 SCHEDULE_AT = 7
 INPUT_AT = 8
@@ -67,23 +67,24 @@ def signal(control, counter, C: tl.constexpr):
 
 
 @triton.jit
-def record_error(control, AT: tl.constexpr, flag, first, second, third, fourth):
+def record_error(control, AT: tl.constexpr, flag, first, second, third, fourth, fifth):
     """Keep the first error of its kind in this launch."""
     if tl.atomic_cas(control.error + AT, 0, flag) == 0:
         tl.store(control.error + AT + 1, first)
         tl.store(control.error + AT + 2, second)
         tl.store(control.error + AT + 3, third)
         tl.store(control.error + AT + 4, fourth)
+        tl.store(control.error + AT + 5, fifth)
 
 
 @triton.jit
 def record_bad_input(control, reason, token, choice, value):
     """Report an assignment that the launch skips."""
-    record_error(control, _INPUT_AT, reason, token, choice, value, 0)
+    record_error(control, _INPUT_AT, reason, token, choice, value, 0, 0)
 
 
 @triton.jit
-def wait(control, counter, target, task, max_polls, C: tl.constexpr):
+def wait(control, counter, target, task, num_tiles, max_polls, C: tl.constexpr):
     """Poll ``counter`` until it reaches ``target``; return whether it did.
 
     Order: the acquire makes everything published before those signals visible to this worker.
@@ -99,7 +100,7 @@ def wait(control, counter, target, task, max_polls, C: tl.constexpr):
         if tl.atomic_add(control.error + _STALL_AT, 0, sem="relaxed") != 0:
             polls = max_polls
     if seen < target:
-        record_error(control, _STALL_AT, 1, task, counter, seen, target)
+        record_error(control, _STALL_AT, 1, task, counter, seen, target, num_tiles)
         tl.atomic_max(control.counters + C.CLAIM * C.COUNTER_STRIDE, _NEVER, sem="relaxed")
     stamp(control, task, C.READY, C)
     return seen >= target

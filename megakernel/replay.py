@@ -116,8 +116,8 @@ def sort_into_rows(
     expert_of_P = placement.expert_of_P if placement else torch.arange(num_experts)
     expert_of_tile = expert_of_P.to(ids_TK.device)[slot_of_tile]
     rows = Rows(
-        None, None, None, None, row_A.view(ids_TK.shape).int(), assignment_of_C.int(),
-        expert_of_tile.int(), rows_of_tile.int(),
+        row_A.view(ids_TK.shape).int(), assignment_of_C.int(), expert_of_tile.int(),
+        rows_of_tile.int(),
     )  # fmt: skip
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
     return Replay(ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed)

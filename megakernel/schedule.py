@@ -7,11 +7,14 @@ of workers, resident or not.
 The functions marked ``@triton.jit`` are the only home of the order: the kernel calls them
 on the device, :class:`Schedule` calls the same source as plain Python.
 
-Live order:   gate* · prefix* · scatter* · FFN1* · tail
-Replay order: FFN1* · gate* · tail
+Live order:   gate* · prefix* · scatter* · shared FFN1* · FFN1* · tail
+Replay order: shared FFN1* · FFN1* · gate* · tail
 Tail:         the FFN2 tasks of column group 0, then for each next group its FFN2 tasks, with the
               combine tasks of the group before spread over their second half, then the last
               group's combine tasks.
+
+How many row tiles there are is known ahead in a replay. A live launch knows it when its row tables
+are there, and everything before ``first_table_task`` has its place without that number.
 """
 
 from collections.abc import Iterator
@@ -21,6 +24,12 @@ import triton
 import triton.language as tl
 
 from megakernel.spec import KernelSpec
+
+
+@triton.jit
+def count_shared_tiles(num_tokens, C: tl.constexpr):
+    """Return the row tiles of the shared expert, which come before all others."""
+    return C.num_slices * ((num_tokens + C.block_rows - 1) // C.block_rows)
 
 
 @triton.jit
@@ -66,6 +75,29 @@ def phase_of(task, num_tokens, num_tiles, C: tl.constexpr):
             kind = C.PREFIX
             index = task - token_tiles
     return kind, index
+
+
+@triton.jit
+def first_table_task(num_tokens, C: tl.constexpr):
+    """Return the first id of a live launch that needs the row tables."""
+    token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
+    shared_tiles = C.num_slices * ((num_tokens + C.block_rows - 1) // C.block_rows)
+    return 2 * token_tiles + C.prefix_blocks + shared_tiles * C.i_blocks
+
+
+@triton.jit
+def segment_of(index, num_tiles, shared_tiles, C: tl.constexpr):
+    """Return (first tile, tiles, index within them) of an FFN1 index: shared tiles lie apart."""
+    first_tile = 0
+    if C.num_slices > 0:
+        num_shared = shared_tiles * C.i_blocks
+        if index < num_shared:
+            num_tiles = shared_tiles
+        else:
+            first_tile = shared_tiles
+            num_tiles = num_tiles - shared_tiles
+            index = index - num_shared
+    return first_tile, num_tiles, index
 
 
 @triton.jit
@@ -124,7 +156,7 @@ class Schedule:
     Attributes:
         spec: shapes and tiles.
         num_tokens: T, at least 1.
-        num_tiles: row tiles the list has room for, those of the shared expert among them.
+        num_tiles: row tiles, those of the shared expert among them.
     """
 
     spec: KernelSpec
@@ -144,12 +176,17 @@ class Schedule:
     @property
     def shared_tiles(self) -> int:
         """Row tiles of the shared expert: the first ones."""
-        return self.spec.num_slices * -(-self.num_tokens // self.spec.block_rows)
+        return count_shared_tiles.fn(self.num_tokens, self.spec)
 
     @property
     def num_tasks(self) -> int:
         """Length of the list."""
         return count_tasks.fn(self.num_tokens, self.num_tiles, self.spec)
+
+    @property
+    def first_table_task(self) -> int:
+        """First id of a live launch that needs the row tables."""
+        return first_table_task.fn(self.num_tokens, self.spec)
 
     @property
     def num_counters(self) -> int:
@@ -161,7 +198,9 @@ class Schedule:
         spec = self.spec
         kind, index = phase_of.fn(task_id, self.num_tokens, self.num_tiles, spec)
         if kind == spec.FFN1:
-            return Task(kind, *tile_of.fn(index, self.num_tiles, spec.i_blocks, spec.tile_group))
+            first, tiles, index = segment_of.fn(index, self.num_tiles, self.shared_tiles, spec)
+            tile, block = tile_of.fn(index, tiles, spec.i_blocks, spec.tile_group)
+            return Task(kind, first + tile, block)
         if kind != spec.TAIL:
             return Task(kind, index)
         is_combine, group, index = tail_of.fn(index, self.num_tokens, self.num_tiles, spec)

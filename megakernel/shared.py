@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from megakernel.arithmetic import activate, dot, gated, rounded
+from megakernel.schedule import count_shared_tiles
 from megakernel.tiles import ffn1_tile, ffn2_tile, load_rows, store_rows
 
 
@@ -96,29 +97,6 @@ def shared_ffn2_tile(tile, block, shared_down, h_CI, y_CH, num_tokens, C: tl.con
             weights = load_slice(weight_start, out < C.hidden, column, width, C)
             acc = dot(h, weights.T, acc, C)
         store_rows(y_CH, tile_row, inside, out, C.hidden, rounded(acc, y_CH.dtype.element_ty, C))
-
-
-@triton.jit
-def count_shared_tiles(num_tokens, C: tl.constexpr):
-    """Return the row tiles of the shared expert, which come before all others."""
-    return C.num_slices * ((num_tokens + C.block_rows - 1) // C.block_rows)
-
-
-@triton.jit
-def routed_tiles(num_tiles, num_tokens, C: tl.constexpr):
-    """Return how many of the row tiles belong to routed experts."""
-    if C.num_slices > 0:
-        num_tiles -= count_shared_tiles(num_tokens, C)
-    return num_tiles
-
-
-@triton.jit
-def scatters_before(tile, token_tiles, num_tokens, C: tl.constexpr):
-    """Return how many scatter tasks FFN1 of a row tile waits for: a shared one needs no table."""
-    target = token_tiles
-    if C.num_slices > 0:
-        target = tl.where(tile < count_shared_tiles(num_tokens, C), 0, token_tiles)
-    return target
 
 
 @triton.jit

@@ -123,36 +123,33 @@ def ffn1_tile(tile, block, x_TH, gate_up, biases, rows, h_CI, C: tl.constexpr):
     float32.
     """
     num_rows = tl.load(rows.rows_of_tile + tile)
-    if num_rows > 0:
-        expert = tl.load(rows.expert_of_tile + tile)
-        row = tl.arange(0, C.block_rows)
-        inside = row < num_rows
-        assignment = tl.load(
-            rows.assignment_of_C + tile * C.block_rows + row, mask=inside, other=0
-        )
-        x_start = x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
-        first = block * C.block_i
-        first_row = block * C.gate_up_block
-        acc = tl.full(C.ffn1_tile, 0.0, tl.float32)
-        for column in tl.range(0, C.hidden, C.step, num_stages=C.num_stages):
-            x = load_rows(x_start, inside, column, C.hidden, C)
-            # One product for gate and up: a wider B makes better use of shared memory bandwidth.
-            weights = load_weight(
-                gate_up, expert, first_row, column, C.expert.stacked, C.gate_up_block,
-                C.gate_up_height, C.hidden, C.expert.gate_up_transposed, C,
-            )  # fmt: skip
-            acc = dot(x, weights, acc, C)
-        if biases.gate_up_E2I is not None:
-            acc += load_bias(
-                biases.gate_up_E2I, expert, first_row, C.expert.stacked, C.gate_up_block,
-                C.gate_up_height,
-            )  # fmt: skip
-        h = activated(acc, C)
-        column = first + tl.arange(0, C.block_i)
-        store_rows(
-            h_CI, tile * C.block_rows + row, inside, column, C.intermediate,
-            rounded(h, h_CI.dtype.element_ty, C),
+    expert = tl.load(rows.expert_of_tile + tile)
+    row = tl.arange(0, C.block_rows)
+    inside = row < num_rows
+    assignment = tl.load(rows.assignment_of_C + tile * C.block_rows + row, mask=inside, other=0)
+    x_start = x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
+    first = block * C.block_i
+    first_row = block * C.gate_up_block
+    acc = tl.full(C.ffn1_tile, 0.0, tl.float32)
+    for column in tl.range(0, C.hidden, C.step, num_stages=C.num_stages):
+        x = load_rows(x_start, inside, column, C.hidden, C)
+        # One product for gate and up: a wider B makes better use of shared memory bandwidth.
+        weights = load_weight(
+            gate_up, expert, first_row, column, C.expert.stacked, C.gate_up_block,
+            C.gate_up_height, C.hidden, C.expert.gate_up_transposed, C,
         )  # fmt: skip
+        acc = dot(x, weights, acc, C)
+    if biases.gate_up_E2I is not None:
+        acc += load_bias(
+            biases.gate_up_E2I, expert, first_row, C.expert.stacked, C.gate_up_block,
+            C.gate_up_height,
+        )  # fmt: skip
+    h = activated(acc, C)
+    column = first + tl.arange(0, C.block_i)
+    store_rows(
+        h_CI, tile * C.block_rows + row, inside, column, C.intermediate,
+        rounded(h, h_CI.dtype.element_ty, C),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,9 +158,9 @@ def ffn2_tile(tile, block, down, biases, rows, h_CI, y_CH, C: tl.constexpr):
 
     Reads: h_CI, down, its bias. Writes: y_CH.
     """
-    num_rows = tl.load(rows.rows_of_tile + tile)
     first = block * C.block_h
-    if (num_rows > 0) & (first < C.hidden):
+    if first < C.hidden:
+        num_rows = tl.load(rows.rows_of_tile + tile)
         expert = tl.load(rows.expert_of_tile + tile)
         row = tl.arange(0, C.block_rows)
         inside = row < num_rows

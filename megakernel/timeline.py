@@ -6,7 +6,7 @@ multiprocessors share and which some devices advance only once a microsecond. Tr
 has no clock: there times are counts of readings, so only their order means something.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -69,11 +69,16 @@ def read_timeline(device: torch.device) -> Timeline:
             "the last launch on this stream must have a config with record_times=True, "
             f"got {'no launch' if scratch is None else 'record_times=False'}"
         )
-    spec, times = scratch.schedule.spec, scratch.times[1:].cpu().numpy()
+    schedule = scratch.schedule
+    if scratch.rows is not None:  # a live launch counts its row tiles itself
+        assert scratch.rows.num_tiles_1 is not None
+        schedule = replace(schedule, num_tiles=int(scratch.rows.num_tiles_1))
+    spec = schedule.spec
+    times = scratch.times[1 : 1 + schedule.num_tasks].cpu().numpy()
     first = times[:, spec.CLAIMED].min()
     claim_N, start_N, end_N = (
         (times[:, event] - first) * 1e-3 for event in (spec.CLAIMED, spec.READY, spec.DONE)
     )
-    kind_N = np.array([task.kind for task in scratch.schedule.tasks()])
+    kind_N = np.array([task.kind for task in schedule.tasks()])
     worker_N = times[:, spec.WORKER].copy()
     return Timeline(float(end_N.max()), kind_N, worker_N, claim_N, start_N, end_N)

@@ -35,6 +35,7 @@ def scratch_shapes(schedule: Schedule, dtype: torch.dtype) -> dict[str, tuple[Sh
         "total_B": (spec.num_bins,),
         "rank_TK": (schedule.num_tokens, spec.top_k),
         "tile_start_GP": (schedule.token_tiles, spec.slots_pad),
+        "num_tiles_1": (1,),
         "row_of_TK": (schedule.num_tokens, spec.top_k),
         "assignment_of_C": (num_rows,),
         "expert_of_tile": (num_tiles,),

@@ -50,8 +50,8 @@ class Tiles:
     """What the row tiles of a launch hold.
 
     Attributes:
-        rows_of_tile: filled rows, 0 for a tile that the list only has room for.
-        expert_of_tile: int64, any value where there are no rows.
+        rows_of_tile: int64, filled rows, at least 1.
+        expert_of_tile: int64.
     """
 
     rows_of_tile: np.ndarray
@@ -102,9 +102,8 @@ class RooflineCosts:
     _last_use: dict[tuple, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Choose the heights, and count the tiles that hold rows."""
+        """Choose the heights."""
         self.heights = tuple(sorted(self.heights or (self.spec.block_rows,)))
-        self._filled = int(np.count_nonzero(self.tiles.rows_of_tile))
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
         """Return what each task of a list demands, asked in the order of the list."""
@@ -124,8 +123,6 @@ class RooflineCosts:
     def _ffn1(self, task: Task) -> Demand:
         spec = self.spec
         rows = int(self.tiles.rows_of_tile[task.tile])
-        if not rows:
-            return Demand(self.machine.latency_us, 0.0)
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = 2 * spec.block_i * spec.hidden * ELEMENT_BYTES
         token_bytes = rows * spec.hidden * ELEMENT_BYTES
@@ -136,21 +133,22 @@ class RooflineCosts:
         missed += self._read(("x", task.tile), token_bytes)
         written = rows * spec.block_i * ELEMENT_BYTES
         self._write(("h", task.tile), written)
-        busy = min(self.num_workers, self._filled * spec.i_blocks)
+        busy = min(self.num_workers, len(self.tiles.rows_of_tile) * spec.i_blocks)
         return self._gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
 
     def _ffn2(self, task: Task) -> Demand:
         spec = self.spec
-        rows = int(self.tiles.rows_of_tile[task.tile])
-        if not rows or task.block * spec.block_h >= spec.hidden:
+        if task.block * spec.block_h >= spec.hidden:
             return Demand(self.machine.latency_us, 0.0)
+        rows = int(self.tiles.rows_of_tile[task.tile])
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = spec.block_h * spec.intermediate * ELEMENT_BYTES
         missed = self._read(("down", expert, task.block), weight_bytes)
         missed += self._read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
         written = rows * spec.block_h * ELEMENT_BYTES
         self._traffic += written
-        busy = min(self.num_workers, self._filled * spec.group_blocks * spec.num_groups)
+        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_groups
+        busy = min(self.num_workers, tasks)
         return self._gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
 
     def _gemm(
@@ -242,10 +240,9 @@ class RooflineCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean microseconds of each kind of task, as measured; a tile without rows costs nothing."""
+    """Mean microseconds of each kind of task, as measured."""
 
     us_of_kind: Mapping[str, float]
-    tiles: Tiles
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every kind is there."""
@@ -254,12 +251,4 @@ class MeasuredCosts:
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
         """Return each task's measured time as one that nothing stretches."""
-        return [Demand(self._cost_us(task), 0.0) for task in tasks]
-
-    def _cost_us(self, task: Task) -> float:
-        return 0.0 if is_empty(task, self.tiles) else self.us_of_kind[NAMES[task.kind]]
-
-
-def is_empty(task: Task, tiles: Tiles) -> bool:
-    """Whether a task belongs to a row tile without rows."""
-    return NAMES[task.kind] in ("FFN1", "FFN2") and not tiles.rows_of_tile[task.tile]
+        return [Demand(self.us_of_kind[NAMES[task.kind]], 0.0) for task in tasks]

@@ -82,11 +82,17 @@ class Play:
         n = self.next_task
         self.next_task += 1
         self.worker_N[n], self.claim_N[n] = worker, self.now
-        waits = self.schedule.waits(self.tasks[n])
-        if any(counter == self.schedule.spec.SCATTER_DONE for counter, _ in waits):
-            waits = [] if worker in self.has_tables else waits
-            self.has_tables.add(worker)
-        self.plan(self.now + self.machine.claim_us, lambda: self.ask(n, waits))
+        self.plan(self.now + self.machine.claim_us, lambda: self.ask(n, self.waits_of(n, worker)))
+
+    def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
+        """Return what a worker polls for a task: for the row tables once, with its first need."""
+        schedule = self.schedule
+        tables = schedule.spec.SCATTER_DONE, schedule.token_tiles
+        waits = [wait for wait in schedule.waits(self.tasks[n]) if wait != tables]
+        if schedule.spec.replay or n < schedule.first_table_task or worker in self.has_tables:
+            return waits
+        self.has_tables.add(worker)
+        return [tables, *waits]
 
     def ask(self, n: int, waits: Sequence[tuple[int, int]]) -> None:
         """Wait for the first counter of a list, poll it, and go on with the rest."""

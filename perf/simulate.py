@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megakernel.compile_check import CompileCase
 from megakernel.config import KernelConfig
 from megakernel.models import ModelShape
-from megakernel.schedule import Schedule, Task, bound_tiles
+from megakernel.schedule import Schedule, Task
 from megakernel.spec import KernelSpec
 from megakernel.timeline import Timeline
 from perf.costs import H200, Demand, Machine, RooflineCosts, Tiles
@@ -57,16 +57,14 @@ class Launch:
     num_workers: int
 
 
-def make_tiles(load_E: np.ndarray, block_rows: int, num_tiles: int | None = None) -> Tiles:
-    """Cut each expert's rows into tiles; ``num_tiles`` adds empty ones up to the list's room."""
+def make_tiles(load_E: np.ndarray, block_rows: int) -> Tiles:
+    """Cut each expert's rows into tiles."""
     tiles_E = -(-load_E // block_rows)
     expert_of_tile = np.repeat(np.arange(len(load_E)), tiles_E)
     first_E = np.cumsum(tiles_E) - tiles_E
     place = np.arange(len(expert_of_tile)) - first_E[expert_of_tile]
     rows = np.minimum(load_E[expert_of_tile] - place * block_rows, block_rows)
-    room = len(rows) if num_tiles is None else num_tiles
-    empty = room - len(rows)
-    return Tiles(np.pad(rows, (0, empty)), np.pad(expert_of_tile, (0, empty)))
+    return Tiles(rows, expert_of_tile)
 
 
 def make_spec(model: ModelShape, mode: str, config: KernelConfig) -> KernelSpec:
@@ -95,10 +93,7 @@ def make_launch(
         machine: for the number of workers.
     """
     spec = make_spec(model, mode, config)
-    room = None
-    if mode != "replay":
-        room = bound_tiles(num_tokens * model.top_k, model.num_experts, config.block_rows)
-    tiles = make_tiles(load_E, config.block_rows, room)
+    tiles = make_tiles(load_E, config.block_rows)
     workers = config.num_workers or machine.num_sms * config.workers_per_sm
     return Launch(Schedule(spec, num_tokens, len(tiles.rows_of_tile)), tiles, workers)
 

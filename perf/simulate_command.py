@@ -118,7 +118,7 @@ def choose_costs(
     }
     if not found:
         raise ValueError(f"--costs must hold the cost of tasks for {wanted}, got none in {path}")
-    return MeasuredCosts(found, launch.tiles)
+    return MeasuredCosts(found)
 
 
 def format_prediction(

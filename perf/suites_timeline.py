@@ -15,7 +15,7 @@ from megakernel.timeline import Timeline, read_timeline
 from megakernel.tuned import default_config
 from perf.bench import Bench
 from perf.cases import TINY, Case, make_loads
-from perf.costs import MeasuredCosts, is_empty
+from perf.costs import MeasuredCosts
 from perf.measure import Timing
 from perf.providers import Provider, make_problem, prepare
 from perf.record import provenance
@@ -59,7 +59,7 @@ def record_launch(bench: Bench, case: Case, mode: str) -> None:
     ready.calls["with"]()
     times = read_timeline(bench.device)
     launch = make_launch(case.model, case.num_tokens, make_loads(case), plain, mode, bench.machine)
-    add_task_times(bench, case, mode, times, launch)
+    add_task_times(bench, case, mode, times)
     if bench.on_gpu:
         cost = timing_of["with"].scaled(1 / timing_of["without"].median)
         bench.add(
@@ -76,19 +76,16 @@ def record_launch(bench: Bench, case: Case, mode: str) -> None:
     bench.timelines[name] = Saved(title, times)
 
 
-def task_us(times: Timeline, launch: Launch) -> dict[str, list[float]]:
-    """Return the times of each kind's tasks, without those of tiles that hold no row."""
-    spent: dict[str, list[float]] = {name: [] for name in NAMES}
-    for task, us in zip(launch.schedule.tasks(), times.end_N - times.start_N, strict=True):
-        if not is_empty(task, launch.tiles):
-            spent[NAMES[task.kind]].append(float(us))
-    return spent
+def task_us(times: Timeline) -> dict[str, list[float]]:
+    """Return the times of each kind's tasks."""
+    spent_N = times.end_N - times.start_N
+    return {name: spent_N[times.kind_N == kind].tolist() for kind, name in enumerate(NAMES)}
 
 
-def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline, launch: Launch) -> None:
+def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline) -> None:
     """Add the time of a task of each kind, and each kind's share of the workers' time."""
     unit = "us" if bench.on_gpu else "readings"
-    for name, spent in task_us(times, launch).items():
+    for name, spent in task_us(times).items():
         if spent:
             bench.add("timeline", case, "ours", mode, f"{name} task", unit, Timing.of(spent))
     for name, us in times.us_of_kind().items():
@@ -106,10 +103,10 @@ def add_replayed_prediction(
     signalling = {NAMES[task.kind] for task in launch.schedule.tasks()
                   if launch.schedule.signal(task) is not None}  # fmt: skip
     mean_us = {}
-    for name, spent in task_us(times, launch).items():
+    for name, spent in task_us(times).items():
         mean = sum(spent) / len(spent) if spent else 0.0
         mean_us[name] = max(mean - bench.machine.signal_us * (name in signalling), 0.0)
-    predicted = simulate(launch, MeasuredCosts(mean_us, launch.tiles), bench.machine)
+    predicted = simulate(launch, MeasuredCosts(mean_us), bench.machine)
     error = Timing.exact(predicted.launch_us / measured.median - 1)
     bench.add("timeline", case, "ours", mode, "prediction error, measured tasks", "ratio", error)
     for name, us in mean_us.items():

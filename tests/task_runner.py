@@ -88,11 +88,9 @@ class TaskRunner:
         last = min((task.tile + 1) * share, self.schedule.num_tiles)
         for tile in range(task.tile * share, last):
             holder = ((start_P <= tile) & (tile < start_P + tiles_P)).nonzero().flatten().tolist()
-            self.rows_of_tile[tile] = 0
-            if holder:
-                self.expert_of_tile[tile] = holder[0]
-                left = self.total_B[holder[0]] - (tile - start_P[holder[0]]) * spec.block_rows
-                self.rows_of_tile[tile] = left.clamp(max=spec.block_rows)
+            self.expert_of_tile[tile] = holder[0]
+            left = self.total_B[holder[0]] - (tile - start_P[holder[0]]) * spec.block_rows
+            self.rows_of_tile[tile] = left.clamp(max=spec.block_rows)
         tokens = self.tokens(task.tile, spec.block_tokens)
         ids_TK = self.expert_of_TK[tokens]
         ordinal_TK = self.rank_TK[tokens] + self.base_GB[task.tile][ids_TK]
@@ -109,8 +107,6 @@ class TaskRunner:
     def ffn1(self, task: Task) -> None:
         """h = silu(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I."""
         rows = self.rows(task.tile)
-        if rows.start == rows.stop:
-            return
         x_CH = self.inputs.x_TH[self.assignment_of_C[rows] // self.spec.top_k]
         gate_up_2IH = self.inputs.experts.gate_up_E2IH[int(self.expert_of_tile[task.tile])]
         gate_IH, up_IH = gate_up_2IH.chunk(2)
@@ -121,10 +117,9 @@ class TaskRunner:
     def ffn2(self, task: Task) -> None:
         """y = h · downᵀ for one row tile and one block of H."""
         rows = self.rows(task.tile)
-        if rows.start < rows.stop:
-            down_HI = self.inputs.experts.down_EHI[int(self.expert_of_tile[task.tile])]
-            columns = slice(task.block * self.spec.block_h, (task.block + 1) * self.spec.block_h)
-            self.y_CH[rows, columns] = self.h_CI[rows] @ down_HI[columns].T
+        down_HI = self.inputs.experts.down_EHI[int(self.expert_of_tile[task.tile])]
+        columns = slice(task.block * self.spec.block_h, (task.block + 1) * self.spec.block_h)
+        self.y_CH[rows, columns] = self.h_CI[rows] @ down_HI[columns].T
 
     def combine(self, task: Task) -> None:
         """Sum the weighted rows of one token tile in one column group."""

@@ -171,7 +171,8 @@ def test_a_broken_dependency_stalls_by_name_and_the_next_call_works(
             torch.cuda.synchronize()
         megakernel.check() if by == "check" else run(inputs, config=impatient)
 
-    with pytest.raises(MegakernelStall, match=message):
+    # Side by side, whoever waits for a task that waits for it may be heard first.
+    with pytest.raises(MegakernelStall, match=message if device.type == "cpu" else "waited for"):
         stall_and_hear_of_it()
     actual = run(inputs, config=impatient)
     megakernel.check()

@@ -55,7 +55,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
         column_groups=draw(small),
         tile_group=draw(small),
     )
-    return Schedule(spec, draw(st.integers(1, 100)), draw(st.integers(0, 12)))
+    num_tokens = draw(st.integers(1, 100))
+    num_shared = Schedule(spec, num_tokens, 0).shared_tiles
+    return Schedule(spec, num_tokens, num_shared + draw(st.integers(0, 12)))
 
 
 @given(schedules())
@@ -91,6 +93,19 @@ def test_every_piece_of_work_appears_exactly_once(schedule):
     assert combines == {(tile, group) for tile in tiles for group in groups}
     assert spec.num_groups * spec.group_blocks * spec.block_h >= spec.hidden
     assert schedule.combine_tiles * spec.combine_tokens >= schedule.num_tokens
+
+
+@given(schedules(), st.integers(0, 12))
+def test_tasks_before_the_row_tables_have_their_place_without_the_number_of_tiles(schedule, more):
+    """Workers run these while they still believe in the most tiles there could be."""
+    schedule = replace(schedule, spec=replace(schedule.spec, route="live"))
+    other = replace(schedule, num_tiles=schedule.shared_tiles + more)
+    first = schedule.first_table_task
+    assert first == other.first_table_task <= schedule.num_tasks
+    before = [schedule.task(n) for n in range(first)]
+    assert before == [other.task(n) for n in range(first)]
+    asked = {counter for task in before for counter, _ in schedule.waits(task)}
+    assert schedule.spec.SCATTER_DONE not in asked
 
 
 @given(schedules(), st.integers(1, 9), st.randoms(use_true_random=False))
@@ -147,15 +162,18 @@ def test_the_runner_executes_the_list_and_agrees_with_the_kernel(case):
     inputs = make_inputs(case)
     out = run(inputs)
     spec = spec_of(inputs)
-    schedule = Schedule(spec, case.T, bound_tiles(case.T * case.K, case.E, spec.block_rows))
+    num_tiles = int((-(-out.load_E // spec.block_rows)).sum())
+    schedule = Schedule(spec, case.T, num_tiles)
     runner = TaskRunner(inputs, schedule)
     y_TH = runner.run()
-    rows = workspace_for(inputs.x_TH.device).views[schedule, case.dtype].rows
+    scratch = workspace_for(inputs.x_TH.device).latest
+    rows = scratch.rows
+    assert int(rows.num_tiles_1) == num_tiles <= scratch.schedule.num_tiles
     assert_same_bits(actual=out.expert_of_TK, expected=runner.expert_of_TK.int())
     assert_same_bits(actual=rows.row_of_TK, expected=runner.row_of_TK.int())
-    assert_same_bits(actual=rows.rows_of_tile, expected=runner.rows_of_tile.int())
-    used = runner.rows_of_tile > 0
-    assert_same_bits(actual=rows.expert_of_tile[used], expected=runner.expert_of_tile[used].int())
+    for name in ("rows_of_tile", "expert_of_tile"):
+        table = getattr(rows, name)[:num_tiles]
+        assert_same_bits(actual=table, expected=getattr(runner, name).int())
     assert relative_error(actual=out.y_TH, expected=y_TH) < 1e-6
 
 

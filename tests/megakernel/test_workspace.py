@@ -83,12 +83,24 @@ def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch)
 @pytest.mark.parametrize(
     ("at", "words", "error", "message"),
     [
-        (STALL_AT, [1, 0, 4, 2, 3], MegakernelStall, r"task 0 \(gate.*counter 4.*reach 3, saw 2"),
+        (
+            STALL_AT,
+            [1, 0, 4, 2, 3, 8],
+            MegakernelStall,
+            r"task 0 \(gate.*counter 4.*reach 3, saw 2",
+        ),
+        (STALL_AT, [1, 14, 9, 0, 1, 2], MegakernelStall, r"task 14 \(combine, .* group 0\)"),
         (INPUT_AT, [1, 7, 0, 99], ValueError, r"expert_of_TK\[7, 0\].*99"),
         (INPUT_AT, [2, 7, 1, 3], ValueError, r"expert_of_TK\[7, 1\].*differ.*3"),
         (INPUT_AT, [3, 7, 1, 3], ValueError, r"slot_of_TK\[7, 1\].*chosen expert.*3"),
     ],
-    ids=["stall", "id out of range", "id twice", "slot of another expert"],
+    ids=[
+        "stall",
+        "stall in a list of two row tiles",
+        "id out of range",
+        "id twice",
+        "slot of another expert",
+    ],
 )
 def test_a_report_is_raised_once_and_leaves_a_clean_workspace(at, words, error, message):
     workspace = Workspace(CPU)

@@ -8,7 +8,7 @@ import pytest
 from megakernel.config import KernelConfig
 from megakernel.schedule import NAMES, Task
 from perf.cases import SHAPES, TINY
-from perf.costs import H200, MeasuredCosts, RooflineCosts, Tiles
+from perf.costs import H200, MeasuredCosts, RooflineCosts
 from perf.simulate import make_launch
 
 QWEN = SHAPES["Qwen3-30B-A3B"]
@@ -56,14 +56,6 @@ def test_weights_come_from_memory_again_after_a_cache_full_of_others():
     assert costs._read(("up", 0, 0), 1.0) == 0.0
 
 
-def test_a_tile_without_rows_is_nearly_free():
-    load_E = np.zeros(128, np.int64)
-    load_E[0] = 64
-    _, costs = costs_of(load_E=load_E)
-    assert costs.tiles.rows_of_tile[1] == 0
-    assert costs.demand(Task(costs.spec.FFN1, 1, 0)).moved_bytes == 0
-
-
 def test_shorter_tiles_for_tails_never_cost_more_product():
     _, costs = costs_of(load_E=np.full(128, 70))
     low = replace(costs, heights=(16, 32, 64, 128))
@@ -102,15 +94,14 @@ def test_a_replayed_gate_selects_nothing_and_costs_less():
 
 
 def test_measured_costs_are_looked_up_by_kind():
-    tiles = Tiles(np.array([5, 0]), np.array([0, 0]))
-    costs = MeasuredCosts(dict(zip(NAMES, range(1, 7), strict=True)), tiles)
-    tasks = [Task(kind, 0) for kind in range(6)] + [Task(3, 1)]
-    assert [demand.fixed_us for demand in costs(tasks)] == [1, 2, 3, 4, 5, 6, 0]
+    costs = MeasuredCosts(dict(zip(NAMES, range(1, 7), strict=True)))
+    demands = costs([Task(kind, 0) for kind in range(6)])
+    assert [demand.fixed_us for demand in demands] == [1, 2, 3, 4, 5, 6]
 
 
 def test_measured_costs_must_know_every_kind():
     with pytest.raises(ValueError, match=r"us_of_kind must have every kind.*'combine'"):
-        MeasuredCosts({name: 1.0 for name in NAMES[:-1]}, Tiles(np.zeros(1), np.zeros(1)))
+        MeasuredCosts({name: 1.0 for name in NAMES[:-1]})
 
 
 def test_a_tiny_model_has_costs_too():

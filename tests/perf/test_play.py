@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from megakernel.config import KernelConfig
 from megakernel.schedule import Schedule
 from perf.cases import TINY, Case, make_loads
-from perf.costs import H200, Demand, Machine
+from perf.costs import Demand, Machine
 from perf.play import Play
 from perf.roofline import Roofs
-from perf.simulate import make_launch, predict
+from perf.simulate import make_launch
 
 # One multiprocessor reads at most 2 bytes a microsecond, all together 3; atomics are free.
 SLOW = Machine(
@@ -75,14 +75,3 @@ def test_no_launch_beats_the_memory_or_its_workers(num_tokens, workers, mode, se
     alone_us = [d.fixed_us + max(d.steps_us, d.moved_bytes / 2) for d in demands]
     assert found.launch_us >= sum(alone_us) / workers * 0.999
     assert (found.end_N - found.start_N >= np.array(alone_us) * 0.999).all()
-
-
-def test_tiles_without_rows_cost_a_launch_time():
-    """Room for tiles that hold no row can only delay what holds some."""
-    model, load_E = replace(TINY, num_experts=64), np.zeros(64, np.int64)
-    load_E[:4] = 16
-    with_room, exact = (
-        predict(model, 32, load_E, replace(CONFIG, num_workers=8), mode, H200).launch_us
-        for mode in ("live", "replay")
-    )
-    assert with_room > exact

@@ -24,8 +24,8 @@ SMALL = replace(KernelConfig(), block_rows=16, block_i=16, block_h=16, step=16, 
                 combine_tokens=16, select_tokens=16)  # fmt: skip
 
 
-def constant_costs(launch, us=2.0):
-    return MeasuredCosts(dict.fromkeys(NAMES, us), launch.tiles)
+def constant_costs(us=2.0):
+    return MeasuredCosts(dict.fromkeys(NAMES, us))
 
 
 @given(
@@ -41,7 +41,7 @@ def test_no_task_starts_before_what_it_waits_for(num_tokens, workers, groups, mo
     config = replace(SMALL, num_workers=workers, column_groups=groups)
     launch = make_launch(TINY, num_tokens, make_loads(case), config, mode)
     schedule = launch.schedule
-    found = simulate(launch, constant_costs(launch))
+    found = simulate(launch, constant_costs())
     signals: dict[int, list[float]] = {}
     for n, task in enumerate(schedule.tasks()):
         for counter, least in schedule.waits(task):
@@ -58,7 +58,7 @@ def test_a_worker_does_one_thing_at_a_time(num_tokens, workers):
     case = Case(TINY, num_tokens, "uniform")
     config = replace(SMALL, num_workers=workers)
     launch = make_launch(TINY, num_tokens, make_loads(case), config)
-    found = simulate(launch, constant_costs(launch))
+    found = simulate(launch, constant_costs())
     for worker in range(workers):
         mine = np.flatnonzero(found.worker_N == worker)
         assert (found.claim_N[mine][1:] >= found.end_N[mine][:-1]).all()
@@ -68,7 +68,7 @@ def test_a_worker_does_one_thing_at_a_time(num_tokens, workers):
 def test_one_worker_takes_the_sum_of_everything():
     launch = make_launch(TINY, 32, np.full(8, 8), replace(SMALL, num_workers=1), "replay")
     tasks = list(launch.schedule.tasks())
-    found = simulate(launch, constant_costs(launch, 2.0))
+    found = simulate(launch, constant_costs(2.0))
     polls = sum(len(launch.schedule.waits(task)) for task in tasks)
     signals = sum(launch.schedule.signal(task) is not None for task in tasks)
     by_hand = (
@@ -82,9 +82,9 @@ def test_one_worker_takes_the_sum_of_everything():
 
 
 def test_tiles_hold_all_rows_of_their_experts():
-    tiles = make_tiles(np.array([5, 0, 33, 16]), 16, num_tiles=8)
-    assert tiles.rows_of_tile.tolist() == [5, 16, 16, 1, 16, 0, 0, 0]
-    assert tiles.expert_of_tile[:5].tolist() == [0, 2, 2, 2, 3]
+    tiles = make_tiles(np.array([5, 0, 33, 16]), 16)
+    assert tiles.rows_of_tile.tolist() == [5, 16, 16, 1, 16]
+    assert tiles.expert_of_tile.tolist() == [0, 2, 2, 2, 3]
 
 
 def test_replay_is_predicted_faster_than_a_live_gate():

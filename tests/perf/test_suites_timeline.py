@@ -1,6 +1,5 @@
 """The times a launch keeps, rehearsed in the interpreter, and fed to the simulator."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,7 +9,7 @@ from perf.bench import Bench
 from perf.cases import TINY, Case, make_loads
 from perf.measure import Protocol, Timing
 from perf.simulate import make_launch, predict
-from perf.suites_timeline import add_replayed_prediction, task_us, timed_cases, timeline
+from perf.suites_timeline import add_replayed_prediction, timed_cases, timeline
 
 CASE = Case(TINY, 24, "recorded")
 
@@ -33,18 +32,6 @@ def test_a_rehearsal_times_every_kind_of_task_and_keeps_the_timelines():
     assert {row.unit for row in bench.rows} == {"readings", "share"}  # nothing claims to be a time
     assert set(bench.timelines) == {"tiny_24_live", "tiny_24_replay"}
     assert all("not us" in saved.title for saved in bench.timelines.values())
-
-
-def test_tasks_of_tiles_without_rows_are_left_out():
-    load_E = make_loads(CASE)
-    times = predict(TINY, 24, load_E, CASE.default_config, "live")
-    launch = make_launch(TINY, 24, load_E, CASE.default_config, "live")
-    spec, filled = launch.schedule.spec, np.count_nonzero(launch.tiles.rows_of_tile)
-    assert filled < launch.schedule.num_tiles
-    spent = task_us(times, launch)
-    assert len(spent["FFN1"]) == filled * spec.i_blocks
-    assert len(spent["FFN2"]) == filled * spec.num_groups * spec.group_blocks
-    assert len(spent["gate"]) == launch.schedule.token_tiles
 
 
 @pytest.mark.parametrize("mode", ["live", "replay"])
