@@ -154,7 +154,7 @@ def compile_case(case: CompileCase) -> CubinReport:
 
     For a process of its own: the driver stays, and the process must not interpret kernels.
     """
-    triton.runtime.driver.set_active(_Sm90())
+    triton.runtime.driver.set_active(Sm90())
     arguments = kernel_arguments(make_layer(case), case.spec, 1, Workspace(torch.device("meta")))
     num_workers = max_polls = 1  # runtime values the code does not depend on
     compiled = moe_kernel.warmup(
@@ -163,7 +163,7 @@ def compile_case(case: CompileCase) -> CubinReport:
     return read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-class _Sm90:
+class Sm90:
     """As much of a Triton driver as compiling asks for."""
 
     def get_current_device(self) -> int:

@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megakernel import Experts, Placement, Router, api, launch, moe, moe_routed, prepare_replay
+from megakernel.compile_check import Sm90
 from megakernel.config import ROWS16
 from megakernel.kernel import moe_kernel
 from megakernel.spec import KernelSpec
@@ -28,20 +28,11 @@ T, K, E, H, I = 40, 2, 8, 256, 128
 SCRATCH_POINTERS = 2  # Triton's own, behind ours
 
 
-class RecordingDriver:
+class RecordingDriver(Sm90):
     """As much of a Triton driver as launching asks for, with its real CUDA launcher."""
 
     def __init__(self) -> None:
         self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def draw(*shape: int) -> Tensor:
