@@ -1,7 +1,5 @@
 """The public face: check the arguments, choose how to run, launch once."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
 from megakernel.op import launch_op
 from megakernel.placement import Placement
 from megakernel.replay import Replay
-from megakernel.tuned import default_config
+from megakernel.tuned import at_height, default_config
 
 
 def moe(
@@ -185,5 +183,5 @@ def choose_config(
         num_tokens, top_k = shape_TK
         config = default_config(experts.layer_shape(top_k), num_tokens, x_TH.dtype, x_TH.device)
         if isinstance(replay, Replay) and replay.is_fixed:
-            config = replace(config, block_rows=replay.block_rows)
+            config = at_height(config, replay.block_rows)
     return config

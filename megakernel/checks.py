@@ -158,7 +158,8 @@ def check_size(
     if INTERPRETED and elements * config.step > TRITON_MAX_TENSOR_NUMEL:
         raise ValueError(
             "config must keep rows · step · columns of a tile product within "
-            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}"
+            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}: "
+            "halve step, or use megakernel.config.INTERPRETER"
         )
     num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)
     if experts.shared is not None:

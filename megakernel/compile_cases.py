@@ -14,8 +14,9 @@ from megakernel.models import KIND_OF_MODEL, KINDS, MODELS, ModelShape
 from megakernel.spec import KernelSpec
 
 ROUTE_OF_MODE = {"live": "live", "routed": "given", "replay": "replay"}
-# One model also with its experts in slots: copies take turns, or the caller names the slot.
-PLACED_MODEL = "Qwen3-30B-A3B"
+# One model also with its experts in slots: copies take turns, or the caller names the slot. And
+# with its tasks timed.
+ONE_MODEL = "Qwen3-30B-A3B"
 MODE_OF_SPLIT = {"even": "live", "slot": "routed"}
 NUM_SLOTS_OVER_EXPERTS, MAX_COPIES = 32, 4
 TOKENS_OF_PHASE = {"decode": (1, 8, 64), "prefill": (1024, 8192, 32768)}
@@ -31,6 +32,7 @@ class CompileCase:
         mode: key of ROUTE_OF_MODE.
         kind: key of KINDS, what the layer computes.
         split: see KernelSpec.
+        timed: whether the launch keeps its tasks' times.
     """
 
     config_name: str
@@ -38,10 +40,11 @@ class CompileCase:
     mode: str
     kind: str = "plain"
     split: str = "one"
+    timed: bool = False
 
     @property
     def config(self) -> KernelConfig:
-        return SHIPPED[self.config_name]
+        return replace(SHIPPED[self.config_name], record_times=self.timed)
 
     @property
     def spec(self) -> KernelSpec:
@@ -61,23 +64,26 @@ class CompileCase:
         ]
 
     def __str__(self) -> str:
-        return f"{self.config_name} for {self.model.name}, {self.mode}, split {self.split}"
+        timed = ", timed" if self.timed else ""
+        return f"{self.config_name} for {self.model.name}, {self.mode}, split {self.split}{timed}"
 
 
 def compile_cases() -> list[CompileCase]:
-    """Return every shipped config for every named model and mode, and for slots."""
-    unplaced = [
+    """Return every shipped config for every named model and mode; for one model also the rest."""
+    every = [
         CompileCase(config_name, model, mode, KIND_OF_MODEL[model.name])
         for model in MODELS.values()
         for config_name in SHIPPED
         for mode in ROUTE_OF_MODE
     ]
-    placed = [
-        CompileCase(config_name, MODELS[PLACED_MODEL], mode, KIND_OF_MODEL[PLACED_MODEL], split)
-        for config_name in SHIPPED
-        for split, mode in MODE_OF_SPLIT.items()
-    ]
-    return unplaced + placed
+    model, kind = MODELS[ONE_MODEL], KIND_OF_MODEL[ONE_MODEL]
+    for config_name in SHIPPED:
+        every += [
+            CompileCase(config_name, model, mode, kind, split)
+            for split, mode in MODE_OF_SPLIT.items()
+        ]
+        every.append(CompileCase(config_name, model, "live", kind, timed=True))
+    return every
 
 
 def make_router(case: CompileCase) -> Router:

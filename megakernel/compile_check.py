@@ -35,7 +35,8 @@ WGMMA_ROWS = 64  # the least height that wgmma can serve
 NUM_PROCESSES = 2
 SHOWN_LINES = 8
 COLUMNS = (
-    "config", "model", "kind", "mode", "split", "registers", "spill_bytes", "shared_bytes",
+    "config", "model", "kind", "mode", "split", "timed", "registers", "spill_bytes",
+    "shared_bytes",
     "workers_per_sm", "wgmma", "mma", "async_16_byte_loads", "tma_loads", "gemm_loop_local_ops",
 )  # fmt: skip
 
@@ -58,7 +59,7 @@ class CaseReport:
     """What one case costs.
 
     Attributes:
-        config, model, mode, kind, split: of the case.
+        config, model, mode, kind, split, timed: of the case.
         default_for: phases (decode, prefill) in which the config is the default.
         block_rows, block_tokens: heights of the config's row tile and token tile.
         registers: per thread.
@@ -79,6 +80,7 @@ class CaseReport:
     mode: str
     kind: str
     split: str
+    timed: bool
     default_for: list[str]
     block_rows: int
     block_tokens: int
@@ -185,6 +187,7 @@ def make_report(case: CompileCase, cubin: CubinReport) -> CaseReport:
         mode=case.mode,
         kind=case.kind,
         split=case.split,
+        timed=case.timed,
         default_for=case.default_for,
         block_rows=case.config.block_rows,
         block_tokens=case.config.block_tokens,
@@ -272,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports = check(cases, lambda line: print(line, file=sys.stderr, flush=True))
     print(format_json(reports) if wanted.json else format_table(reports))
     failures = [
-        f"FAILED {one.config} for {one.model}, {one.mode}, split {one.split}: {rule}"
+        f"FAILED {one.config} for {one.model}, {one.mode}, split {one.split}"
+        f"{', timed' if one.timed else ''}: {rule}"
         for one in reports
         for rule in broken_rules(one)
     ]

@@ -22,7 +22,8 @@ class LayerShape:
 class KernelConfig:
     """The shape of every task in the launch. Equal configs give equal bits, whatever else changes.
 
-    The values that fields have by default are those for training and prefill. Two launches whose
+    The values that fields have by default are those for training and prefill on a GPU; Triton's
+    interpreter refuses tiles of that size, ``config.INTERPRETER`` is for it. Two launches whose
     configs differ only in ``num_workers``, ``workers_per_sm``, ``tile_group``, ``column_groups``,
     ``num_stages``, ``max_polls`` or ``record_times`` do the same arithmetic in the same order.
 
@@ -161,7 +162,7 @@ def default_height(num_assignments: int, num_experts: int) -> str:
 
 
 def usual_rows(num_assignments: int, num_experts: int, device: torch.device) -> int:
-    """Return the tile height for a mean load where no tuned config says otherwise, of 16 bits."""
+    """Return the tile height for a mean load of 16-bit tokens, where no tuned config is known."""
     if device.type == "cpu":
         return INTERPRETER.block_rows
     return SHIPPED[default_height(num_assignments, num_experts)].block_rows

@@ -15,8 +15,11 @@ def describe_stall(words: list[int], schedule: Schedule) -> str:
     """Say which task waited for which counter."""
     _, task, counter, seen, target, num_tiles = words[STALL_AT : STALL_AT + 6]
     schedule = replace(schedule, num_tiles=num_tiles)  # a live launch counts its row tiles itself
+    name = schedule.describe_task(task)
+    if counter == schedule.spec.SCATTER_DONE:  # what the task is only the row tables would say
+        name = f"task {task} (the first of a worker that needs the row tables)"
     return (
-        f"{schedule.describe_task(task)} waited for {schedule.describe_counter(counter)} "
+        f"{name} waited for {schedule.describe_counter(counter)} "
         f"to reach {target}, saw {seen}; the outputs of that call are not valid"
     )
 

@@ -58,7 +58,7 @@ class Slots(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """From assignments to rows. The last five are scratch of a live launch."""
+    """From assignments to rows: a replay's tables, or scratch; the last five are scratch."""
 
     row_of_TK: Tensor  # int32, -1 if skipped
     assignment_of_C: Tensor  # int32, defined for filled rows
@@ -82,7 +82,7 @@ class Control(NamedTuple):
 
 @triton.jit
 def wait_for_tables(control, rows, task, num_tokens, num_tiles, max_polls, C: tl.constexpr):
-    """Wait for all scatter tasks; return how many row tiles and tasks there are, 0 on a stall."""
+    """Wait for all scatter tasks; return how many row tiles and tasks there are, or no task."""
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
     num_tasks = 0
     if wait(control, C.SCATTER_DONE, token_tiles, task, num_tiles, max_polls, C):
@@ -154,9 +154,9 @@ def moe_kernel(
     Order: see schedule.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
-    tile_room = num_tiles  # a live launch counts its tiles, and there are at most so many
-    num_tasks = count_tasks(num_tokens, num_tiles, C)
-    tables_from = first_table_task(num_tokens, C)
+    shared_tiles = count_shared_tiles(num_tokens, C)
+    tables_from = first_table_task(num_tokens, shared_tiles, C)
+    num_tasks = count_tasks(num_tokens, num_tiles, C)  # live, the most there can be
     task = claim(control, C)
     while task < num_tasks:
         begin(control, task, C)
@@ -174,7 +174,6 @@ def moe_kernel(
                     y_TH, control, num_tokens, num_tiles, max_polls, C,
                 )  # fmt: skip
             elif kind == C.FFN1:
-                shared_tiles = count_shared_tiles(num_tokens, C)
                 first, tiles, index = segment_of(index, num_tiles, shared_tiles, C)
                 tile, block = tile_of(index, tiles, C.i_blocks, C.tile_group)
                 tile += first
@@ -196,4 +195,4 @@ def moe_kernel(
                 )  # fmt: skip
         stamp(control, task, C.DONE, C)
         task = claim(control, C)
-    leave(control, num_workers, C.first_tile_counter + tile_room, schedule_id, C)
+    leave(control, num_workers, C.first_tile_counter + num_tiles, schedule_id, C)

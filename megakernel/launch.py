@@ -166,7 +166,8 @@ def launch(
                 *arguments, num_workers, polls, C=spec, num_warps=config.num_warps
             )
     except Exception:
-        workspace.reset()  # an interrupted launch leaves counters that would stall the next one
+        # An interrupted launch leaves counters that would stall the next one, and half a timeline.
+        workspace.reset()
         raise
     if device.type == "cpu":
         workspace.raise_errors()

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from megakernel.config import KernelConfig, usual_rows
 from megakernel.kernel import Rows, Slots
+from megakernel.layer import Experts
 from megakernel.placement import Placement, check_ids
+from megakernel.tuned import default_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ def prepare_replay(
     num_experts: int,
     placement: Placement | None = None,
     config: KernelConfig | None = None,
+    experts: Experts | None = None,
 ) -> Replay:
     """Build the row tables of a recorded routing, off the critical path (synchronises).
 
@@ -76,6 +79,8 @@ def prepare_replay(
         num_experts: E.
         placement: experts in slots; identity when None.
         config: the config of the launches to come; None for the default, or for any: see Replay.
+        experts: of the layer to come, of which the default config depends; without them a first
+            call with float32 weights or a tuned config may have to build its tables itself.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -84,7 +89,12 @@ def prepare_replay(
     ids_TK = expert_of_TK.int().contiguous()
     if config is not None:
         return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
-    block_rows = usual_rows(ids_TK.numel(), num_experts, ids_TK.device)
+    if experts is None:
+        block_rows = usual_rows(ids_TK.numel(), num_experts, ids_TK.device)
+    else:
+        num_tokens, top_k = ids_TK.shape
+        dtype, shape = experts.down_EHI.dtype, experts.layer_shape(top_k)
+        block_rows = default_config(shape, num_tokens, dtype, ids_TK.device).block_rows
     return sort_into_rows(ids_TK, num_experts, placement, block_rows, is_fixed=False)
 
 

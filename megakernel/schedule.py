@@ -78,10 +78,9 @@ def phase_of(task, num_tokens, num_tiles, C: tl.constexpr):
 
 
 @triton.jit
-def first_table_task(num_tokens, C: tl.constexpr):
+def first_table_task(num_tokens, shared_tiles, C: tl.constexpr):
     """Return the first id of a live launch that needs the row tables."""
     token_tiles = (num_tokens + C.block_tokens - 1) // C.block_tokens
-    shared_tiles = C.num_slices * ((num_tokens + C.block_rows - 1) // C.block_rows)
     return 2 * token_tiles + C.prefix_blocks + shared_tiles * C.i_blocks
 
 
@@ -186,7 +185,7 @@ class Schedule:
     @property
     def first_table_task(self) -> int:
         """First id of a live launch that needs the row tables."""
-        return first_table_task.fn(self.num_tokens, self.spec)
+        return first_table_task.fn(self.num_tokens, self.shared_tiles, self.spec)
 
     @property
     def num_counters(self) -> int:

@@ -6,7 +6,7 @@ Where nothing fits, another GPU for example, the default depends on rows per exp
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -63,8 +63,12 @@ def read_table(path: Path) -> tuple[Tuned, ...]:
     """
     if not path.exists():
         return ()
+    try:
+        listed = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
     entries = []
-    for place, values in enumerate(json.loads(path.read_text())):
+    for place, values in enumerate(listed):
         try:
             parts = {
                 "layer": LayerShape(**values["layer"]),
@@ -83,7 +87,9 @@ def merge_into_table(path: Path, entries: Iterable[Tuned]) -> None:
         table.values(), key=lambda entry: (entry.gpu, astuple(entry.layer), entry.num_tokens)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(entry) for entry in in_order], indent=1) + "\n")
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps([asdict(entry) for entry in in_order], indent=1) + "\n")
+    written.replace(path)  # at once: an interrupted write must not break the import
 
 
 TABLE = read_table(TABLE_PATH)
@@ -103,9 +109,9 @@ def find_tuned(
     nearest, least_factor = None, float(NEAREST_FACTOR)
     for entry in table:
         if entry.gpu == gpu and entry.layer == layer:
-            lower, upper = sorted((entry.num_tokens, num_tokens))
-            if upper / lower <= least_factor:
-                nearest, least_factor = entry.config, upper / lower
+            factor = max(entry.num_tokens, num_tokens) / min(entry.num_tokens, num_tokens)
+            if factor <= least_factor:
+                nearest, least_factor = entry.config, factor
     return nearest
 
 
@@ -131,6 +137,17 @@ def config_on(gpu: str, layer: LayerShape, num_tokens: int) -> KernelConfig:
     """Return the config for 16-bit weights on a GPU: tuned if the table has one, else shipped."""
     tuned = find_tuned(TABLE, gpu, layer, max(num_tokens, 1))
     return tuned or SHIPPED[default_height(num_tokens * layer.top_k, layer.num_experts)]
+
+
+def at_height(config: KernelConfig, block_rows: int) -> KernelConfig:
+    """Return the default config at the only height that a replay's tables have.
+
+    At another height the other tiles of a config for 16 bits need not fit: the shipped ones do.
+    """
+    if config.block_rows == block_rows:
+        return config
+    shipped = None if config in (FLOAT32, INTERPRETER) else SHIPPED.get(f"rows{block_rows}")
+    return shipped or replace(config, block_rows=block_rows)
 
 
 @torch.compiler.assume_constant_result

@@ -75,7 +75,7 @@ class Workspace:
     control: Control = field(init=False)
     schedules: list[Schedule] = field(default_factory=list)
     views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
-    latest: Scratch | None = None
+    latest: Scratch | None = None  # of the last launch, unless that failed
     captured: bool = False
     outgrown_arenas: list[Tensor] = field(default_factory=list)
     outgrown_counters: list[Tensor] = field(default_factory=list)
@@ -140,6 +140,7 @@ class Workspace:
         """Bring counters and error words back to what a launch must find, graphs' included."""
         for words in (self.control.counters, self.control.error, *self.outgrown_counters):
             words.zero_()
+        self.latest = None
 
     def raise_errors(self) -> None:
         """Raise what an earlier launch reported, once. Does not synchronise."""

@@ -11,7 +11,6 @@ from megakernel.adapters.blocks import FusedBlock, LayerState
 from megakernel.adapters.modules import MoELayer, find_layers, read_experts
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
-from megakernel.tuned import default_config
 
 
 class RoutingRecord:
@@ -137,12 +136,8 @@ def _fused_state(layer: MoELayer) -> LayerState:
 def _prepare(ids_TK: Tensor, layer: MoELayer, placement: Placement | None) -> Replay:
     """Build one layer's tables, for the config that a live call would choose."""
     experts, config = read_experts(layer.experts), _fused_state(layer).config
-    weight = experts.down_EHI
-    if config is None:
-        num_tokens, top_k = ids_TK.shape
-        shape = experts.layer_shape(top_k)
-        config = default_config(shape, num_tokens, weight.dtype, weight.device)
-    return prepare_replay(ids_TK.to(weight.device), experts.num_experts, placement, config)
+    ids_TK = ids_TK.to(experts.down_EHI.device)
+    return prepare_replay(ids_TK, experts.num_experts, placement, config, experts)
 
 
 def one_each(

@@ -27,7 +27,7 @@ from megakernel.rules import ExpertRule, GateRule
 from megakernel.sass import Code, CubinReport, Instruction
 
 CLEAN = CaseReport(
-    config="rows128", model="OLMoE", mode="live", kind="plain", split="one",
+    config="rows128", model="OLMoE", mode="live", kind="plain", split="one", timed=False,
     default_for=["prefill"], block_rows=128, block_tokens=64, registers=255, spill_bytes=0,
     shared_bytes=98_328, workers_per_sm=2, wanted_workers_per_sm=2,
     wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9,
@@ -131,6 +131,12 @@ def test_every_shipped_config_is_compiled_for_every_model_and_mode() -> None:
 def test_every_shipped_config_is_compiled_with_a_placement_and_with_named_slots() -> None:
     cases = {(case.config_name, case.split) for case in compile_cases() if case.split != "one"}
     assert cases == {(config_name, split) for config_name in SHIPPED for split in ("even", "slot")}
+
+
+def test_every_shipped_config_is_compiled_with_its_clock() -> None:
+    """The interpreter counts readings, so only a compiler sees the clock itself."""
+    assert {case.config_name for case in compile_cases() if case.timed} == set(SHIPPED)
+    assert all(case.spec.timed == case.timed for case in compile_cases())
 
 
 def test_no_two_cases_are_the_same() -> None:
@@ -245,8 +251,8 @@ def test_the_exit_status_tells(
 
 
 def test_the_tall_config_compiles_clean_in_every_mode() -> None:
-    reports = check([replace(CASE, mode=mode) for mode in ("live", "routed", "replay")])
-    for report in reports:
+    cases = [replace(CASE, mode=mode) for mode in ("live", "routed", "replay")]
+    for report in check([*cases, replace(CASE, timed=True)]):
         assert broken_rules(report) == []
         # FFN1 and FFN2 load rows asynchronously and weights by TMA; the gate loads rows only.
         products = [loop for loop in report.gemm_loops if loop.tma_loads]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakernel import KernelConfig, Placement, moe_routed, prepare_replay
-from megakernel.config import INTERPRETER
+from megakernel.config import INTERPRETER, ROWS64
 from megakernel.replay import stable_rank
 from megakernel.workspace import workspace_for
 from tests.cases import SHAPES
@@ -55,21 +55,35 @@ def test_every_assignment_has_one_row_of_a_tile_of_its_expert(placement, ids_TK)
     assert bool((rows.rows_of_tile > 0).all())
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@pytest.mark.parametrize("placement", ["identity", "even", "named"])
 def test_rows_are_those_of_the_live_dispatch(placement):
     case = SHAPES[5]  # 13 experts
     inputs = make_inputs(case)
     generator = torch.Generator().manual_seed(3)
     ids_TK = torch.rand(case.T, case.E, generator=generator).argsort(1)[:, : case.K].contiguous()
-    if placement is not None:
-        placement = Placement(torch.tensor([*range(case.E), 3, 3, -1, 0]))
+    if placement != "identity":
+        slots_TK = ids_TK.clone() if placement == "named" else None
+        if slots_TK is not None:
+            slots_TK[::2][slots_TK[::2] == 3] = case.E  # every other token takes the first copy
+        placement = Placement(torch.tensor([*range(case.E), 3, 3, -1, 0]), slots_TK)
+    else:
+        placement = None
     gate_TK = torch.ones(case.T, case.K)
     workspace = workspace_for(inputs.x_TH.device)
     workspace.views.clear()
     moe_routed(inputs.x_TH, ids_TK, gate_TK, inputs.experts, placement=placement, config=SMALL)
     (live,) = workspace.views.values()
     replay = prepare_replay(ids_TK, case.E, placement, SMALL)
+    assert int(live.rows.num_tiles_1) == replay.num_tiles
+    tiles = replay.num_tiles
+    for name in ("expert_of_tile", "rows_of_tile"):
+        table = getattr(live.rows, name)[:tiles]
+        assert_same_bits(actual=table, expected=getattr(replay.rows, name))
     assert_same_bits(actual=live.rows.row_of_TK, expected=replay.rows.row_of_TK)
+    filled = replay.rows.row_of_TK.flatten().long()
+    assert_same_bits(
+        actual=live.rows.assignment_of_C[filled], expected=replay.rows.assignment_of_C[filled]
+    )
 
 
 def test_named_slots_are_used():
@@ -88,6 +102,14 @@ def test_without_a_config_a_replay_serves_any_height_and_sorts_once_for_each():
     assert list(replay.other_heights) == [SMALL.block_rows]
     with pytest.raises(ValueError, match=r"block_rows=16 as in config, got 32"):
         prepare_replay(live.expert_of_TK, inputs.case.E, config=INTERPRETER).of_height(16)
+
+
+def test_the_experts_to_come_decide_the_default_height(monkeypatch):
+    inputs = make_inputs(SHAPES[0])
+    ids_TK = torch.arange(inputs.case.K).repeat(inputs.case.T, 1)
+    monkeypatch.setattr("megakernel.replay.default_config", lambda *_: ROWS64)
+    assert prepare_replay(ids_TK, inputs.case.E, experts=inputs.experts).block_rows == 64
+    assert prepare_replay(ids_TK, inputs.case.E).block_rows == INTERPRETER.block_rows
 
 
 def test_the_default_height_is_that_of_the_default_config():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megakernel import prepare_replay
+from megakernel import MegakernelStall, prepare_replay
 from megakernel.schedule import NAMES
+from megakernel.spec import KernelSpec
 from megakernel.timeline import read_timeline
 from megakernel.workspace import workspace_for
 from tests.cases import CASES
@@ -76,4 +77,14 @@ def test_without_the_config_there_is_nothing_to_read(inputs):
     run(inputs, config=TIMED)
     run(inputs, config=SMALL)
     with pytest.raises(ValueError, match=r"record_times=True, got record_times=False$"):
+        read_timeline(CPU)
+
+
+def test_a_launch_that_stalled_has_no_times(inputs):
+    run(inputs, config=TIMED)
+    counters = workspace_for(CPU).control.counters
+    counters[KernelSpec.GATE_DONE * KernelSpec.COUNTER_STRIDE] = -100
+    with pytest.raises(MegakernelStall):
+        run(inputs, config=TIMED)
+    with pytest.raises(ValueError, match="got no launch"):
         read_timeline(CPU)

@@ -7,7 +7,14 @@ import torch
 
 from megakernel import tuned
 from megakernel.config import FLOAT32, INTERPRETER, SHIPPED, KernelConfig, LayerShape
-from megakernel.tuned import Tuned, default_config, find_tuned, merge_into_table, read_table
+from megakernel.tuned import (
+    Tuned,
+    at_height,
+    default_config,
+    find_tuned,
+    merge_into_table,
+    read_table,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QWEN = LayerShape(128, 8, 2048, 768)
@@ -72,14 +79,18 @@ def test_a_call_takes_the_tables_config(on_h200, monkeypatch):
     assert default_config(QWEN, 64, torch.bfloat16, GPU) == SHIPPED["rows16"]
 
 
-def test_the_default_can_be_chosen_while_torch_compile_traces(on_h200, monkeypatch):
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_the_default_can_be_chosen_while_torch_compile_traces(on_h200, monkeypatch, dynamic):
+    torch._dynamo.reset()
     monkeypatch.setattr(tuned, "TABLE", (make_entry(8192),))
 
-    def groups(x: torch.Tensor) -> torch.Tensor:
-        return x * default_config(QWEN, 8192, torch.bfloat16, GPU).column_groups
+    def groups(x_T: torch.Tensor) -> torch.Tensor:
+        return x_T.new_ones(()) * default_config(QWEN, len(x_T), torch.bfloat16, GPU).column_groups
 
-    traced = torch.compile(groups, fullgraph=True, backend="eager")
-    assert traced(torch.ones(())) == SPECIAL.column_groups
+    traced = torch.compile(groups, fullgraph=True, backend="eager", dynamic=dynamic)
+    for num_tokens in (8192, 3000, 64, 70_000, 8191):
+        expected = default_config(QWEN, num_tokens, torch.bfloat16, GPU).column_groups
+        assert traced(torch.ones(num_tokens)) == expected
 
 
 def test_a_table_survives_the_file_and_new_entries_replace_old_ones(tmp_path):
@@ -92,17 +103,49 @@ def test_a_table_survives_the_file_and_new_entries_replace_old_ones(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"gpu": "x"}]', '[{"layer": {}, "config": {}}]', '[{"config": {"block_rows": 3}}]'],
-    ids=["no layer", "no sizes", "illegal config"],
+    [
+        '[{"gpu": "x"}]',
+        '[{"layer": {}, "config": {}}]',
+        '[{"config": {"block_rows": 3}}]',
+        "[{",
+        "",
+    ],
+    ids=["no layer", "no sizes", "illegal config", "cut off", "empty"],
 )
 def test_a_broken_table_is_refused_with_its_name(tmp_path, text):
     path = tmp_path / "tuned.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"tuned\.json: entry 0 is no tuned config"):
+    with pytest.raises(
+        ValueError, match=r"tuned\.json(: entry 0 is no tuned config| must be JSON)"
+    ):
         read_table(path)
 
 
+def is_measured(entry: Tuned) -> bool:
+    """Whether an entry says what was measured, and where the code of that day is found."""
+    times_us = entry.median_us.values()
+    return bool(times_us) and all(us > 0 for us in times_us) and "unknown" not in entry.commit
+
+
 def test_the_shipped_table_holds_measurements_only():
-    for entry in tuned.TABLE:
-        assert entry.median_us and all(us > 0 for us in entry.median_us.values())
-        assert entry.commit and "unknown" not in entry.commit
+    assert is_measured(make_entry(64))
+    assert not is_measured(replace(make_entry(64), median_us={}))
+    assert not is_measured(replace(make_entry(64), commit="unknown"))
+    assert all(is_measured(entry) for entry in tuned.TABLE)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "expected"),
+    [
+        (SHIPPED["rows16"], 16, SHIPPED["rows16"]),
+        (SHIPPED["rows16"], 128, SHIPPED["rows128"]),
+        (SPECIAL, 64, SHIPPED["rows64"]),
+        (SPECIAL, 256, replace(SPECIAL, block_rows=256)),
+        (FLOAT32, 128, replace(FLOAT32, block_rows=128)),
+        (INTERPRETER, 16, replace(INTERPRETER, block_rows=16)),
+    ],
+    ids=["its own", "tiles that would not fit", "tuned", "no shipped height", "float32",
+         "interpreted"],
+)  # fmt: skip
+def test_a_replay_of_one_height_gets_tiles_that_fit_it(config, rows, expected):
+    assert at_height(config, rows) == expected

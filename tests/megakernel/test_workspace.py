@@ -85,9 +85,9 @@ def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch)
     [
         (
             STALL_AT,
-            [1, 0, 4, 2, 3, 8],
+            [1, 0, 3, 2, 3, 8],
             MegakernelStall,
-            r"task 0 \(gate.*counter 4.*reach 3, saw 2",
+            r"task 0 \(gate.*counter 3.*reach 3, saw 2",
         ),
         (STALL_AT, [1, 14, 9, 0, 1, 2], MegakernelStall, r"task 14 \(combine, .* group 0\)"),
         (INPUT_AT, [1, 7, 0, 99], ValueError, r"expert_of_TK\[7, 0\].*99"),
