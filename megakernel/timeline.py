@@ -1,7 +1,8 @@
 """Who did what when: the times that a launch kept of its own tasks.
 
 A launch whose config has ``record_times`` writes, for each task, which worker claimed it and when
-it was claimed, ready and done. The clock is the GPU's global timer in nanoseconds, which all
+it was claimed, ready and done. A CUDA graph holds such a launch too, but is not heard of here:
+read the times of an eager call. The clock is the GPU's global timer in nanoseconds, which all
 multiprocessors share and which some devices advance only once a microsecond. Triton's interpreter
 has no clock: there times are counts of readings, so only their order means something.
 """
@@ -17,18 +18,21 @@ from megakernel.workspace import workspace_for
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When each task of a launch ran, in microseconds from the launch.
+    """When each task of a launch ran, in microseconds from the first claim.
 
     Attributes:
-        launch_us: time of the whole launch.
+        launch_us: time of the whole launch; as measured, from the first claim to the last end.
         kind_N: kind of each task, an index into ``megakernel.schedule.NAMES``.
         worker_N: who ran it.
+        ask_N: when that worker was done with its task before, and asked for the next; as measured,
+            the time of the claim for its first one.
         claim_N, start_N, end_N: when it was claimed, was ready, and was done.
     """
 
     launch_us: float
     kind_N: np.ndarray
     worker_N: np.ndarray
+    ask_N: np.ndarray
     claim_N: np.ndarray
     start_N: np.ndarray
     end_N: np.ndarray
@@ -44,12 +48,13 @@ class Timeline:
         return float((self.end_N - self.start_N).sum() / (self.num_workers * self.launch_us))
 
     def us_of_kind(self) -> dict[str, float]:
-        """Return microseconds per worker in each kind of task, and in claims and waits."""
+        """Return microseconds per worker in each kind of task, in claims and in waits."""
         spent_N = self.end_N - self.start_N
         spent = {
             name: float(spent_N[self.kind_N == kind].sum()) / self.num_workers
             for kind, name in enumerate(NAMES)
         }
+        spent["claim"] = float((self.claim_N - self.ask_N).sum()) / self.num_workers
         spent["wait"] = float((self.start_N - self.claim_N).sum()) / self.num_workers
         return spent
 
@@ -81,4 +86,14 @@ def read_timeline(device: torch.device) -> Timeline:
     )
     kind_N = np.array([task.kind for task in schedule.tasks()])
     worker_N = times[:, spec.WORKER].copy()
-    return Timeline(float(end_N.max()), kind_N, worker_N, claim_N, start_N, end_N)
+    ask_N = previous_end(worker_N, claim_N, end_N)
+    return Timeline(float(end_N.max()), kind_N, worker_N, ask_N, claim_N, start_N, end_N)
+
+
+def previous_end(worker_N: np.ndarray, claim_N: np.ndarray, end_N: np.ndarray) -> np.ndarray:
+    """Return when each task's worker ended its task before; its claim if it is the first."""
+    by_worker = np.lexsort((claim_N, worker_N))
+    follows = np.diff(worker_N[by_worker], prepend=-1) == 0
+    ask_N = claim_N.copy()
+    ask_N[by_worker[follows]] = end_N[by_worker[np.flatnonzero(follows) - 1]]
+    return np.minimum(ask_N, claim_N)  # a coarse clock may lag

@@ -98,15 +98,17 @@ class RooflineCosts:
     machine: Machine = H200
     heights: tuple[int, ...] = ()
     choices_in_flight: int | None = None
-    _traffic: float = 0.0
-    _last_use: dict[tuple, float] = field(default_factory=dict)
+    _traffic: float = field(default=0.0, init=False)
+    _last_use: dict[tuple, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Choose the heights."""
         self.heights = tuple(sorted(self.heights or (self.spec.block_rows,)))
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
-        """Return what each task of a list demands, asked in the order of the list."""
+        """Return what each task of a list demands, from a cold L2 and in the order of the list."""
+        self._traffic = 0.0
+        self._last_use.clear()
         return [self.demand(task) for task in tasks]
 
     def demand(self, task: Task) -> Demand:

@@ -44,7 +44,7 @@ class Play:
         self.on_the_way: list[tuple[float, int]] = []  # (received when complete, task)
         self.parts_left = [0] * len(tasks)
         self.worker_N = np.zeros(len(tasks), np.int64)
-        self.claim_N, self.start_N, self.end_N = np.zeros((3, len(tasks)))
+        self.ask_N, self.claim_N, self.start_N, self.end_N = np.zeros((4, len(tasks)))
         for worker in range(num_workers):
             self.plan(machine.launch_us / 2, lambda worker=worker: self.claim(worker))  # type: ignore[misc]
 
@@ -62,9 +62,12 @@ class Play:
                 self.finish_part(heapq.heappop(self.on_the_way)[1])
             else:
                 heapq.heappop(self.events)[2]()
+        if any(self.blocked.values()) or self.next_task < len(self.tasks):
+            raise RuntimeError("a task waits for signals that never come")
         kind_N = np.array([task.kind for task in self.tasks])
         last = float(self.end_N.max()) + self.machine.claim_us + self.machine.launch_us / 2
-        return Timeline(last, kind_N, self.worker_N, self.claim_N, self.start_N, self.end_N)
+        times_N = self.ask_N, self.claim_N, self.start_N, self.end_N
+        return Timeline(last, kind_N, self.worker_N, *times_N)
 
     @property
     def bytes_per_us(self) -> float:
@@ -81,8 +84,9 @@ class Play:
             return
         n = self.next_task
         self.next_task += 1
-        self.worker_N[n], self.claim_N[n] = worker, self.now
-        self.plan(self.now + self.machine.claim_us, lambda: self.ask(n, self.waits_of(n, worker)))
+        self.worker_N[n], self.ask_N[n] = worker, self.now
+        self.claim_N[n] = self.now + self.machine.claim_us
+        self.plan(self.claim_N[n], lambda: self.ask(n, self.waits_of(n, worker)))
 
     def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
         """Return what a worker polls for a task: for the row tables once, with its first need."""

@@ -22,7 +22,8 @@ class Row:
 
     Attributes:
         suite, case, provider, T: what was run.
-        mode: graph, eager, host (a wall clock), counted, or predicted by the simulator.
+        mode: graph, eager, host (a wall clock), clock (the launch's own), interpreted (a
+            rehearsal), counted, or predicted by the simulator.
         metric, unit: what the figure is.
         median, p20, p80, n: its spread over n samples.
         gpu, driver, torch, triton, commit, date: where and when; see :func:`provenance`.
@@ -119,7 +120,10 @@ def _read_file(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}")
-        return [_parse(values) for values in reader]
+        try:
+            return [_parse(values) for values in reader]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _parse(values: dict[str, str]) -> Row:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from perf import record, timelines
+from perf.arguments import count
 from perf.cases import SCENARIOS, SHAPES, Case
 from perf.record import Row
 from perf.roofline import ASSUMED_H200
@@ -259,19 +260,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=SHAPES, default="Qwen3-30B-A3B", help="of the predicted timeline"
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of the predicted timeline")
+    parser.add_argument("--tokens", type=count, default=8192, help="of the predicted timeline")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw results and timelines, measured and predicted; 2 on files that are not results."""
+    folders = [path for path in arguments.results if path.is_dir()]
     try:
-        rows = record.read(arguments.results)
+        written = draw_all(record.read(arguments.results), arguments.out)
+        written += timelines.draw_saved(folders, arguments.out)
     except (ValueError, OSError) as error:
         print(f"perf report: {error}", file=sys.stderr)
         return 2
-    written = draw_all(rows, arguments.out)
-    folders = [path for path in arguments.results if path.is_dir()]
-    written += timelines.draw_saved(folders, arguments.out)
     case = Case(SHAPES[arguments.model], arguments.tokens, "recorded")
     written += timelines.draw_predicted(case, arguments.out)
     for path in written:

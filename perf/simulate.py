@@ -45,6 +45,7 @@ TILE_SHAPES = (
     (16, 64, 128, 128, 4, 3, 2),
 )
 ORDERS = {"column_groups": (1, 2, 4, 8), "tile_group": (2, 4, 8, 16)}
+LEAST_GAIN = 0.995  # steps of less are within the model's error, and a search has many
 SHOWN_FIELDS = (*TILE_FIELDS, *ORDERS, "num_workers")
 
 
@@ -148,7 +149,7 @@ def search_configs(
     mode: str,
     machine: Machine = H200,
 ) -> list[tuple[float, KernelConfig]]:
-    """Walk from ``start`` to the best neighbour until none is better.
+    """Walk from ``start`` to the best neighbour until none is clearly better.
 
     Returns:
         (predicted microseconds, config) of every config seen, fastest first.
@@ -164,7 +165,7 @@ def search_configs(
                     ).launch_us
                     progress.update()
             fastest = min(predicted_us, key=lambda config: predicted_us[config])
-            if fastest == best:
+            if predicted_us[fastest] > LEAST_GAIN * predicted_us[best]:
                 break
             best = fastest
     return sorted(((us, config) for config, us in predicted_us.items()), key=lambda one: one[0])

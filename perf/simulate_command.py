@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 
 from megakernel.compile_check import ROUTE_OF_MODE
 from megakernel.config import SHIPPED, KernelConfig
 from megakernel.timeline import Timeline
 from perf import record
+from perf.arguments import count, rate
 from perf.cases import SCENARIOS, SHAPES, Case, make_loads
 from perf.costs import H200, Machine, MeasuredCosts, RooflineCosts
 from perf.roofline import useful_work
@@ -27,7 +29,7 @@ from perf.simulate import (
     search_configs,
     simulate,
 )
-from perf.timelines import plot_timeline
+from perf.timelines import PREDICTED, Saved, plot_timeline
 
 UNSEEN = ("max_polls", "record_times")  # the simulator does not know them
 SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name not in UNSEEN)
@@ -35,33 +37,34 @@ SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name not 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=count, default=8192)
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
     parser.add_argument("--mode", choices=ROUTE_OF_MODE, default="live")
     parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=N", help="change the config"
     )
-    parser.add_argument("--search", type=int, metavar="N", help="print the best N of a search")
-    parser.add_argument("--l2", type=float, metavar="TB/s", help="assume this rate of L2 reads")
+    parser.add_argument("--search", type=count, metavar="N", help="print the best N of a search")
+    parser.add_argument("--l2", type=rate, metavar="TB/s", help="assume this rate of L2 reads")
     parser.add_argument("--costs", type=Path, help="timeline.csv of a run: what its tasks cost")
     parser.add_argument("--plot", type=Path, help="draw who does what when")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a prediction, or a ranking."""
+    """Print a prediction, or a ranking; 2 on what cannot be predicted."""
     case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
     machine, mode = choose_machine(arguments.l2), arguments.mode
     try:
+        check_combination(arguments)
         load_E = make_loads(case)
         config = choose_config(arguments, case)
         launch = make_launch(case.model, case.num_tokens, load_E, config, mode, machine)
-        costs = choose_costs(arguments.costs, case, mode, launch, machine)
+        costs, source = choose_costs(arguments.costs, case, mode, launch, machine)
     except (ValueError, OSError) as error:
         print(f"perf simulate: {error}", file=sys.stderr)
         return 2
     title = f"{case.name}, T = {case.num_tokens}, {mode}"
-    print(f"{LABEL}\n{title}, {machine.roofs.source}")
+    print(f"{LABEL}\n{title}, {source}")
     if arguments.search:
         ranked = search_configs(config, case.model, case.num_tokens, load_E, mode, machine)
         for predicted_us, one in ranked[: arguments.search]:
@@ -71,9 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"config: {describe(config)}")
     print(format_prediction(prediction, case, load_E, machine))
     if arguments.plot:
-        path = plot_timeline(prediction, f"{title}\n{LABEL}", arguments.plot)
-        print(f"wrote {path}")
+        saved = Saved(f"{title}\n{LABEL}", prediction, PREDICTED)
+        print(f"wrote {plot_timeline(saved, arguments.plot)}")
     return 0
+
+
+def check_combination(arguments: argparse.Namespace) -> None:
+    """Raise ValueError on options that would contradict or ignore one another."""
+    if arguments.search and (arguments.costs or arguments.plot):
+        raise ValueError("--search must be without --costs and --plot, which are of one config")
+    if arguments.costs and (arguments.config or arguments.set):
+        raise ValueError(
+            "--costs must be without --config and --set: tasks were measured with the default"
+        )
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if arguments.plot and arguments.plot.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"--plot must end in one of {sorted(formats)}, got {arguments.plot}")
 
 
 def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
@@ -99,26 +115,30 @@ def choose_machine(l2_tbps: float | None) -> Machine:
 
 def choose_costs(
     path: Path | None, case: Case, mode: str, launch: Launch, machine: Machine
-) -> TaskCosts:
-    """Return roofline costs, or what the timeline suite measured for the case.
+) -> tuple[TaskCosts, str]:
+    """Return roofline costs, or what the timeline suite measured for the case; and their source.
 
     Raises:
         ValueError: if the file lacks it.
     """
     if path is None:
         schedule = launch.schedule
-        return RooflineCosts(
+        costs = RooflineCosts(
             schedule.spec, schedule.num_tokens, launch.tiles, launch.num_workers, machine
         )
-    wanted = (case.name, case.num_tokens, mode)
+        return costs, machine.roofs.source
+    wanted = ("timeline", case.name, case.num_tokens, f"ours {mode}", "clock")
     found = {
-        row.metric.removesuffix(" cost"): row.median
+        row.metric.removesuffix(" cost"): row
         for row in record.read([path])
-        if row.metric.endswith(" cost") and (row.case, row.T, row.mode) == wanted
+        if row.metric.endswith(" cost")
+        and (row.suite, row.case, row.T, row.provider, row.mode) == wanted
     }
     if not found:
         raise ValueError(f"--costs must hold the cost of tasks for {wanted}, got none in {path}")
-    return MeasuredCosts(found)
+    row = next(iter(found.values()))
+    costs_us = {name: row.median for name, row in found.items()}
+    return MeasuredCosts(costs_us), f"task times measured on {row.gpu} at {row.commit}, {path}"
 
 
 def format_prediction(

@@ -4,6 +4,7 @@ On a GPU a clock counts nanoseconds. In the interpreter it counts its readings, 
 suite and measures nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from perf.bench import Bench
 from perf.cases import TINY, Case, make_loads
 from perf.costs import MeasuredCosts
 from perf.measure import Timing
-from perf.providers import Provider, make_problem, prepare
+from perf.providers import Call, Provider, make_problem, prepare
 from perf.record import provenance
 from perf.simulate import Launch, make_launch, simulate
 from perf.timelines import Saved
@@ -48,32 +49,50 @@ def record_launch(bench: Bench, case: Case, mode: str) -> None:
     plain = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
     timed = replace(plain, record_times=True)
     providers = [
-        Provider(name, partial(configured_call, mode=mode, config=config))
-        for name, config in (("without", plain), ("with", timed))
+        Provider(name, partial(configured_call, mode=mode, config=config), is_ours=True)
+        for name, config in (("without the clock", plain), ("with the clock", timed))
     ]
-    ready = prepare(make_problem(case, bench.device), providers)
-    bench.failures += [f"{case.name}, {mode}, {name}: {why}" for name, why in ready.failed.items()]
-    if len(ready.calls) < len(providers):
+    where = f"{case.name} T={case.num_tokens} {mode}"
+    try:
+        ready = prepare(make_problem(case, bench.device), providers)
+        without, with_clock = (ready.calls.get(provider.name) for provider in providers)
+    except Exception as error:  # one case must not end the suite
+        bench.failures.append(f"{where}: {type(error).__name__}: {error}")
         return
-    timing_of = bench.time(ready.calls)["graph" if bench.on_gpu else "eager"]
-    ready.calls["with"]()
-    times = read_timeline(bench.device)
-    launch = make_launch(case.model, case.num_tokens, make_loads(case), plain, mode, bench.machine)
-    add_task_times(bench, case, mode, times)
+    bench.failures += [f"{where} {name}: {reason}" for name, reason in ready.failed.items()]
+    if without is None or with_clock is None:
+        return
     if bench.on_gpu:
-        cost = timing_of["with"].scaled(1 / timing_of["without"].median)
-        bench.add(
-            "timeline", case, "ours", mode, "time with the clock over without", "ratio", cost
+        add_clock_cost(bench, case, mode, ready.calls)
+    with_clock()
+    times = read_timeline(bench.device)
+    add_task_times(bench, case, mode, times)
+    name = f"{case.model.name}_{case.num_tokens}_{mode}".replace(" ", "-")
+    bench.timelines[name] = make_saved(bench, case, mode, times)
+    if bench.on_gpu:
+        measured = bench.time({"plain": without})["graph"]["plain"]
+        launch = make_launch(
+            case.model, case.num_tokens, make_loads(case), plain, mode, bench.machine
         )
-        add_replayed_prediction(bench, case, mode, times, launch, timing_of["without"])
+        add_replayed_prediction(bench, case, mode, times, launch, measured)
+
+
+def make_saved(bench: Bench, case: Case, mode: str, times: Timeline) -> Saved:
+    """Return the timeline with what a picture must say."""
     where = provenance()
-    unit = "" if bench.on_gpu else ", interpreted: counts of readings, not us"
     title = (
-        f"{case.name}, T = {case.num_tokens}, {mode}{unit}\n"
+        f"{case.name}, T = {case.num_tokens}, {mode}\n"
         f"{where['gpu']}, triton {where['triton']}, {where['commit']}, {where['date']}"
     )
-    name = f"{case.model.name}_{case.num_tokens}_{mode}".replace(" ", "-")
-    bench.timelines[name] = Saved(title, times)
+    return Saved(title, times, "us" if bench.on_gpu else "interpreted, 1000 readings of the clock")
+
+
+def add_clock_cost(bench: Bench, case: Case, mode: str, calls: Mapping[str, Call]) -> None:
+    """Add what keeping the times does to the launch's time."""
+    timing_of = bench.time(calls)["graph"]
+    cost = timing_of["with the clock"].scaled(1 / timing_of["without the clock"].median)
+    metric = "time with the clock over without"
+    bench.add("timeline", case, f"ours {mode}", "graph", metric, "ratio", cost)
 
 
 def task_us(times: Timeline) -> dict[str, list[float]]:
@@ -83,14 +102,19 @@ def task_us(times: Timeline) -> dict[str, list[float]]:
 
 
 def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline) -> None:
-    """Add the time of a task of each kind, and each kind's share of the workers' time."""
-    unit = "us" if bench.on_gpu else "readings"
-    for name, spent in task_us(times).items():
+    """Add the time of a task of each kind, of claims and waits, and each one's share."""
+    # Interpreted times are counts of readings, which the timeline takes for nanoseconds.
+    how, unit, scale = ("clock", "us", 1.0) if bench.on_gpu else ("interpreted", "readings", 1e3)
+    spent_of = {f"{name} task": spent for name, spent in task_us(times).items()}
+    spent_of["claim"] = (times.claim_N - times.ask_N)[times.claim_N > times.ask_N].tolist()
+    spent_of["wait"] = (times.start_N - times.claim_N)[times.start_N > times.claim_N].tolist()
+    for metric, spent in spent_of.items():
         if spent:
-            bench.add("timeline", case, "ours", mode, f"{name} task", unit, Timing.of(spent))
+            timing = Timing.of(spent).scaled(scale)
+            bench.add("timeline", case, f"ours {mode}", how, metric, unit, timing)
     for name, us in times.us_of_kind().items():
         share = Timing.exact(us / times.launch_us)
-        bench.add("timeline", case, "ours", mode, f"workers in {name}", "share", share)
+        bench.add("timeline", case, f"ours {mode}", how, f"workers in {name}", "share", share)
 
 
 def add_replayed_prediction(
@@ -108,6 +132,8 @@ def add_replayed_prediction(
         mean_us[name] = max(mean - bench.machine.signal_us * (name in signalling), 0.0)
     predicted = simulate(launch, MeasuredCosts(mean_us), bench.machine)
     error = Timing.exact(predicted.launch_us / measured.median - 1)
-    bench.add("timeline", case, "ours", mode, "prediction error, measured tasks", "ratio", error)
+    metric = "prediction error, measured tasks"
+    bench.add("timeline", case, f"ours {mode}", "predicted", metric, "ratio", error)
     for name, us in mean_us.items():
-        bench.add("timeline", case, "ours", mode, f"{name} cost", "us", Timing.exact(us))
+        cost = Timing.exact(us)
+        bench.add("timeline", case, f"ours {mode}", "clock", f"{name} cost", "us", cost)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import matplotlib
 
@@ -21,22 +23,26 @@ COLOUR_OF_TASK = dict(
     zip(NAMES, ("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2"), strict=True)
 )
 SHOWN_WORKERS = 24
+PREDICTED = "us, predicted,"
 PATTERN = "timeline_*.npz"
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A timeline with the words that belong to it."""
+    """A timeline with the words that belong to it, and what its times are in."""
 
     title: str
     timeline: Timeline
+    unit: str = "us"
 
 
 def save(saved: Saved, path: Path) -> None:
     """Write a timeline to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {field.name: getattr(saved.timeline, field.name) for field in fields(Timeline)}
-    np.savez_compressed(path, title=np.array(saved.title), **arrays)
+    arrays: dict[str, Any] = {
+        field.name: getattr(saved.timeline, field.name) for field in fields(Timeline)
+    }
+    np.savez_compressed(path, title=saved.title, unit=saved.unit, **arrays)
 
 
 def load(path: Path) -> Saved:
@@ -45,13 +51,17 @@ def load(path: Path) -> Saved:
     Raises:
         ValueError: on another file.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        names = {"title", *(field.name for field in fields(Timeline))}
-        if set(arrays.files) != names:
-            raise ValueError(f"{path} must hold {sorted(names)}, got {sorted(arrays.files)}")
-        values = {name: arrays[name] for name in names - {"title"}}
-        timeline = Timeline(**values | {"launch_us": float(values["launch_us"])})
-        return Saved(str(arrays["title"]), timeline)
+    names = {"title", "unit", *(field.name for field in fields(Timeline))}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} must be a saved timeline: {error}") from error
+    if set(arrays) != names:
+        raise ValueError(f"{path} must hold {sorted(names)}, got {sorted(arrays)}")
+    title, unit = str(arrays.pop("title")), str(arrays.pop("unit"))
+    launch_us = float(arrays.pop("launch_us"))
+    return Saved(title, Timeline(launch_us=launch_us, **arrays), unit)
 
 
 def draw_saved(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -59,7 +69,7 @@ def draw_saved(folders: Sequence[Path], out: Path) -> list[Path]:
     written = []
     for path in (path for folder in folders for path in sorted(folder.glob(PATTERN))):
         saved = load(path)
-        written.append(plot_timeline(saved.timeline, saved.title, out / f"{path.stem}.png"))
+        written.append(plot_timeline(saved, out / f"{path.stem}.png"))
     return written
 
 
@@ -70,12 +80,13 @@ def draw_predicted(case: Case, out: Path) -> list[Path]:
         prediction = predict(case.model, case.num_tokens, load_E, case.default_config, mode)
         title = f"{case.name}, T = {case.num_tokens}, {mode}\n{LABEL}"
         path = out / f"timeline_{mode}_predicted.png"
-        written.append(plot_timeline(prediction, title, path))
+        written.append(plot_timeline(Saved(title, prediction, PREDICTED), path))
     return written
 
 
-def plot_timeline(timeline: Timeline, title: str, path: Path) -> Path:
+def plot_timeline(saved: Saved, path: Path) -> Path:
     """Draw what some of the workers do when, and what all of them do together."""
+    timeline = saved.timeline
     figure, axes = plt.subplots(
         2, 1, figsize=(12, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
@@ -88,16 +99,16 @@ def plot_timeline(timeline: Timeline, title: str, path: Path) -> Path:
             chosen_N = mine_N & (timeline.kind_N == kind)
             axes[0].broken_barh(spans_N2[chosen_N], (line - 0.4, 0.8), color=COLOUR_OF_TASK[name])
     axes[0].set(ylabel=f"{len(shown)} of {num_workers} workers", yticks=[], ylim=(-1, len(shown)))
-    draw_shares(axes[1], timeline)
+    draw_shares(axes[1], timeline, saved.unit)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    figure.suptitle(f"{title}; white: claims and waits")
+    figure.suptitle(f"{saved.title}; white: claims and waits")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def draw_shares(axis: Axes, timeline: Timeline) -> None:
+def draw_shares(axis: Axes, timeline: Timeline, unit: str) -> None:
     """Stack the share of workers in each kind of task over time."""
     edges = np.linspace(0, timeline.launch_us, 200)
     shares = [
@@ -107,7 +118,7 @@ def draw_shares(axis: Axes, timeline: Timeline) -> None:
     ]
     middle = (edges[1:] + edges[:-1]) / 2
     axis.stackplot(middle, shares, labels=NAMES, colors=[COLOUR_OF_TASK[name] for name in NAMES])
-    axis.set(xlabel="us from the launch", ylabel="share of workers", ylim=(0, 1))
+    axis.set(xlabel=f"{unit} from the launch", ylabel="share of workers", ylim=(0, 1))
 
 
 def covered(

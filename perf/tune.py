@@ -16,6 +16,7 @@ import torch
 from megakernel import Experts, Router, moe, prepare_replay
 from megakernel.config import SHIPPED, KernelConfig, default_height
 from megakernel.tuned import TABLE_PATH, Tuned, merge_into_table
+from perf.arguments import count
 from perf.bench import Bench
 from perf.cases import SCENARIOS, SHAPES, Case, make_loads
 from perf.measure import QUICK, Timing
@@ -91,10 +92,10 @@ def configured_call(problem: Problem, mode: str, config: KernelConfig) -> Call:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-30B-A3B"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=count, nargs="+", default=TOKENS)
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--tried", type=int, default=12, help="best of the ranking to time (12)")
+    parser.add_argument("--tried", type=count, default=12, help="best of the ranking to time (12)")
     parser.add_argument(
         "--out", type=Path, default=TABLE_PATH, help="table to enter results in (the shipped one)"
     )
@@ -108,6 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
         for name in arguments.model
         for num_tokens in arguments.tokens
     ]
+    try:
+        for case in cases:
+            make_loads(case)
+    except ValueError as error:
+        print(f"perf tune: {error}", file=sys.stderr)
+        return 2
     if arguments.predict:
         for case in cases:
             for mode in arguments.mode:

@@ -56,13 +56,16 @@ def test_weights_come_from_memory_again_after_a_cache_full_of_others():
     assert costs._read(("up", 0, 0), 1.0) == 0.0
 
 
-def test_shorter_tiles_for_tails_never_cost_more_product():
+def test_a_tile_of_fitting_height_costs_its_own_product():
+    """With an L2 so fast that the product is what a tile waits for."""
     _, costs = costs_of(load_E=np.full(128, 70))
-    low = replace(costs, heights=(16, 32, 64, 128))
-    assert (
-        low._gemm(8, 128, 2048, 0, 0, 264).steps_us
-        <= costs._gemm(8, 128, 2048, 0, 0, 264).steps_us
+    roofs = replace(H200.roofs, l2_bytes_per_s=1e15)
+    machine = replace(H200, roofs=roofs, latency_us=0.0, sm_bytes_per_s=1e15)
+    tall, fitting = (
+        replace(costs, machine=machine, heights=heights)._gemm(64, 256, 2048, 0, 0, 132).steps_us
+        for heights in ((128,), (16, 32, 64, 128))
     )
+    assert fitting == pytest.approx(tall / 2)
 
 
 def test_loading_all_choices_at_once_makes_a_combine_shorter():

@@ -62,7 +62,14 @@ def test_the_command_draws_results_and_a_predicted_timeline(tmp_path, capsys):
     assert (tmp_path / "out" / "timeline_replay_predicted.png").exists()
 
 
-@pytest.mark.parametrize("text", [None, "a,b\n1,2\n"], ids=["missing", "other-columns"])
+HEADER = ",".join(record.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "a,b\n1,2\n", f"{HEADER}\nforward,x\n", f"{HEADER}\n{'abc,' * 15}abc\n"],
+    ids=["missing", "other-columns", "cut-off-line", "no-number"],
+)
 def test_what_is_no_result_is_refused(tmp_path, text, capsys):
     path = tmp_path / "x.csv"
     if text:

@@ -10,6 +10,7 @@ from perf.cases import TINY, Case, make_loads
 from perf.measure import Protocol, Timing
 from perf.simulate import make_launch, predict
 from perf.suites_timeline import add_replayed_prediction, timed_cases, timeline
+from perf.tune import configured_call
 
 CASE = Case(TINY, 24, "recorded")
 
@@ -24,14 +25,37 @@ def test_a_rehearsal_times_every_kind_of_task_and_keeps_the_timelines():
     assert not bench.failures
     assert [case.model for case in timed_cases(bench)] == [TINY]
     for mode, without in (("live", set()), ("replay", {"prefix", "scatter"})):
-        metrics = {row.metric for row in bench.rows if row.mode == mode}
-        assert {f"{name} task" for name in NAMES if name not in without} <= metrics
-        shares = [row.median for row in bench.rows
-                  if row.mode == mode and row.unit == "share"]  # fmt: skip
-        assert 0.5 < sum(shares) <= 1
+        rows = [row for row in bench.rows if row.provider == f"ours {mode}"]
+        wanted = {f"{name} task" for name in NAMES if name not in without} | {"claim", "wait"}
+        assert wanted <= {row.metric for row in rows}
+        assert sum(row.median for row in rows if row.unit == "share") == pytest.approx(1)
+        assert all(row.median > 0.999 for row in rows if row.unit == "readings")
     assert {row.unit for row in bench.rows} == {"readings", "share"}  # nothing claims to be a time
+    assert {row.mode for row in bench.rows} == {"interpreted"}
     assert set(bench.timelines) == {"tiny_24_live", "tiny_24_replay"}
-    assert all("not us" in saved.title for saved in bench.timelines.values())
+    assert all("interpreted" in saved.unit for saved in bench.timelines.values())
+
+
+def wrong(problem, mode, config):
+    call = configured_call(problem, mode, config)
+    return (lambda: call() + 100.0) if config.record_times else call
+
+
+def broken(problem, mode, config):
+    raise RuntimeError("did not compile")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [(wrong, "live with the clock: "), (broken, "live: RuntimeError: did not compile")],
+    ids=["wrong output", "no kernel"],
+)
+def test_a_timed_launch_that_is_wrong_is_a_failure(monkeypatch, call, message):
+    monkeypatch.setattr("perf.suites_timeline.configured_call", call)
+    bench = rehearsal()
+    timeline(bench)
+    assert message in bench.failures[0] and len(bench.failures) == 2
+    assert not bench.rows and not bench.timelines
 
 
 @pytest.mark.parametrize("mode", ["live", "replay"])

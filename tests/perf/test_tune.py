@@ -38,6 +38,12 @@ def test_a_ranking_is_printed_as_a_prediction(capsys):
     assert LABEL in out and out.count("us predicted") == 3
 
 
+def test_a_scenario_that_is_not_there_is_refused(capsys):
+    argv = ["tune", "--predict", "--model", "tiny", "--tokens", "8", "--scenario", "gpt-oss"]
+    assert main(argv) == 2
+    assert "the trace is of 32 experts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["live", "replay"])
 def test_configs_are_checked_before_they_are_timed(mode):
     problem = make_problem(Case(TINY, 12), torch.device("cpu"))
