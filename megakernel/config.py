@@ -126,7 +126,7 @@ ROWS16 = KernelConfig(
 )  # fmt: skip
 ROWS32 = KernelConfig(
     block_rows=32, block_i=64, block_h=128, step=128, block_tokens=16, select_tokens=16,
-    column_groups=4, num_warps=4, num_stages=3, workers_per_sm=2,
+    num_warps=4, num_stages=3, workers_per_sm=2,
 )  # fmt: skip
 ROWS64 = KernelConfig(
     block_rows=64, block_i=64, block_h=128, block_experts=64, select_tokens=16, column_groups=4,
