@@ -138,7 +138,7 @@ def replay_output(problem: Problem) -> Callable[[], megakernel.MoEOutput]:
     """Return the call with replayed ids, their row tables built here, ahead."""
     experts = megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI)
     router = megakernel.Router(problem.top_k)
-    replay = megakernel.prepare_replay(problem.expert_of_TK, experts.num_experts)
+    replay = megakernel.prepare_replay(problem.expert_of_TK, experts.num_experts, experts=experts)
     return lambda: megakernel.moe(problem.x_TH, problem.router_EH, experts, router, replay=replay)
 
 
