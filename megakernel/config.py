@@ -1,6 +1,6 @@
 """How a launch is cut into tiles: the knobs, their limits, and the default for a problem."""
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -124,10 +124,7 @@ ROWS16 = KernelConfig(
     block_rows=16, block_i=64, block_h=128, step=128, block_tokens=16, select_tokens=16,
     column_groups=8, num_warps=4, workers_per_sm=2,
 )  # fmt: skip
-ROWS32 = KernelConfig(
-    block_rows=32, block_i=64, block_h=128, step=128, block_tokens=16, select_tokens=16,
-    num_warps=4, num_stages=3, workers_per_sm=2,
-)  # fmt: skip
+ROWS32 = replace(ROWS16, block_rows=32, column_groups=2, num_stages=3)
 ROWS64 = KernelConfig(
     block_rows=64, block_i=64, block_h=128, block_experts=64, select_tokens=16, column_groups=4,
     num_warps=4, workers_per_sm=2,
@@ -161,11 +158,16 @@ def default_height(num_assignments: int, num_experts: int) -> str:
     return "rows128"
 
 
+def shipped_config(num_assignments: int, num_experts: int) -> KernelConfig:
+    """Return the shipped config of :func:`default_height`."""
+    return SHIPPED[default_height(num_assignments, num_experts)]
+
+
 def usual_rows(num_assignments: int, num_experts: int, device: torch.device) -> int:
     """Return the tile height for a mean load of 16-bit tokens, where no tuned config is known."""
     if device.type == "cpu":
         return INTERPRETER.block_rows
-    return SHIPPED[default_height(num_assignments, num_experts)].block_rows
+    return shipped_config(num_assignments, num_experts).block_rows
 
 
 def resolve_workers(config: KernelConfig, device: torch.device) -> int:

@@ -201,7 +201,7 @@ def kernel_arguments(
         scratch.h_CI,
         scratch.y_CH,
         layer.y_TH,
-        workspace.control._replace(times=scratch.times),
+        workspace.control._replace(times=scratch.times) if spec.timed else workspace.control,
         num_tokens,
         num_tiles,
         layer.capacity,

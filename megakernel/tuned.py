@@ -17,7 +17,7 @@ from megakernel.config import (
     SHIPPED,
     KernelConfig,
     LayerShape,
-    default_height,
+    shipped_config,
 )
 
 TABLE_PATH = Path(__file__).with_name("tuned.json")
@@ -130,13 +130,14 @@ def default_config(
         return INTERPRETER
     if dtype == torch.float32:
         return FLOAT32
-    return config_on(gpu_name(device.index), layer, num_tokens)
+    gpu = gpu_name(device.index) if TABLE else ""  # asked at every call, so only when it matters
+    return config_on(gpu, layer, num_tokens)
 
 
 def config_on(gpu: str, layer: LayerShape, num_tokens: int) -> KernelConfig:
     """Return the config for 16-bit weights on a GPU: tuned if the table has one, else shipped."""
     tuned = find_tuned(TABLE, gpu, layer, max(num_tokens, 1))
-    return tuned or SHIPPED[default_height(num_tokens * layer.top_k, layer.num_experts)]
+    return tuned or shipped_config(num_tokens * layer.top_k, layer.num_experts)
 
 
 def at_height(config: KernelConfig, block_rows: int) -> KernelConfig:

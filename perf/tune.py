@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megakernel import Experts, Router, moe, prepare_replay
-from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.config import SHIPPED, KernelConfig, shipped_config
 from megakernel.tuned import TABLE_PATH, Tuned, merge_into_table
 from perf.arguments import count
 from perf.bench import Bench
@@ -49,7 +49,7 @@ def tune(bench: Bench, case: Case, modes: Sequence[str], num_tried: int) -> Tune
         return {mode: timing_of[mode][name].median for mode in modes}
 
     best = min(ran, key=lambda name: sum(median_us(name).values()))
-    untuned = describe(SHIPPED[default_height(case.num_assignments, case.model.num_experts)])
+    untuned = describe(shipped_config(case.num_assignments, case.model.num_experts))
     where = provenance()
     return Tuned(
         where["gpu"],
