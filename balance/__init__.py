@@ -11,11 +11,11 @@ extra copies for each micro-batch, and whole-token quotas, with a proven gap to 
 Nothing here needs Triton or a GPU. Letters and words are those of the glossary in ``reference``.
 """
 
+from balance.measures.traffic import Traffic, count_traffic, moving_the_expert_pays
 from balance.plan import Plan, PlanOptions
 from balance.planner import make_plan
 from balance.topology import Topology
 from balance.trace import Trace
-from balance.traffic import Traffic, count_traffic, moving_the_expert_pays
 
 __all__ = [
     "Plan",

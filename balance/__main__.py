@@ -5,7 +5,7 @@
     python -m balance plan    trace.npz --out plan.npz
     python -m balance convert recording.jsonl --num-experts 128 --out trace.npz
 
-TRACE is a saved trace or any recording that ``balance.formats`` reads; recordings of whole
+TRACE is a saved trace or any recording that ``balance.recorded.read`` reads; recordings of whole
 sequences are packed on the fly. The word "synthetic" makes a trace up.
 """
 
@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from balance import formats, plots, report
-from balance.baselines import BASELINES, Outcome, run_baseline
-from balance.packing import Order
+from balance.compare import plots, report
+from balance.compare.baselines import BASELINES, Outcome, run_baseline
 from balance.plan import Plan, PlanOptions
 from balance.planner import make_plan
-from balance.synthetic import SyntheticConfig, make_trace
+from balance.recorded import read as formats
+from balance.recorded.packing import Order
+from balance.recorded.synthetic import SyntheticConfig, make_trace
 from balance.topology import Topology
 from balance.trace import Trace
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from balance import cost
-from balance.assign import assign_slots, quota_prefix, slots_of_experts
 from balance.checks import whole
-from balance.legality import why_illegal
+from balance.exact.quotas import assign_slots, quota_prefix, slots_of_experts
+from balance.measures import load as cost
+from balance.measures.legal import why_illegal
+from balance.measures.traffic import Traffic, count_traffic
 from balance.topology import Topology
 from balance.trace import Trace
-from balance.traffic import Traffic, count_traffic
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Plan:
     def summary(self) -> dict[str, float]:
         """Figures of the plan.
 
-        imbalance_*, efficiency, straggler_avg as in ``balance.cost``; ``lower_bound_avg`` is the
+        imbalance_*, efficiency, straggler_avg as in ``balance.measures.load``; ``lower_bound_avg`` is the
         least imbalance that homes and batch-static copies allow; ``gap_*`` compare each level with
         its bound. ``copies_avg`` counts micro-batch copies per micro-batch and layer,
         ``static_copies_avg`` batch-static ones per layer, ``moves_avg`` home moves per layer.

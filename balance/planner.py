@@ -1,9 +1,9 @@
 """From recorded routing to a plan: reorder, replicate, split.
 
-1. Homes, once per batch and layer (``balance.placement``); batch-static copies on other nodes
-   (``balance.crossnode``) and the split between nodes.
-2. Copies, per micro-batch, layer and node (``balance.nodes``).
-3. Whole-token quotas, exactly optimal for the chosen copies (``balance.split``).
+1. Homes, once per batch and layer (``balance.steps.homes``); batch-static copies on other nodes
+   (``balance.steps.batch_copies``) and the split between nodes.
+2. Copies, per micro-batch, layer and node (``balance.steps.inside_nodes``).
+3. Whole-token quotas, exactly optimal for the chosen copies (``balance.exact.split``).
 
 Deterministic: the same input gives the same plan on every rank.
 """
@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from balance.batch import Batch, previous_homes
-from balance.draft import Draft, make_draft
-from balance.layout import home_slots_of, slot_arrays
-from balance.placement import rehome, reorder_homes
+from balance.measures.traffic import chosen_together
 from balance.plan import Plan, PlanOptions
-from balance.swap import Nearness
+from balance.steps.candidate import Draft, make_draft
+from balance.steps.homes import rehome, reorder_homes
+from balance.steps.loads import Batch, previous_homes
+from balance.steps.slots import home_slots_of, slot_arrays
+from balance.steps.swaps import Nearness
 from balance.topology import Topology
 from balance.trace import Trace
-from balance.traffic import chosen_together
 
 
 def make_plan(

@@ -164,7 +164,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Trace:
-        """Read what ``save`` wrote; other layouts are read by ``balance.formats``.
+        """Read what ``save`` wrote; other layouts are read by ``balance.recorded.read``.
 
         Raises:
             ValueError: when an array is missing, naming it, or breaks a rule of ``Trace``.
@@ -175,7 +175,7 @@ class Trace:
             if missing:
                 raise ValueError(
                     f"path must be a saved Trace; {path} lacks {', '.join(missing)} and has "
-                    f"{', '.join(arrays.files)} (balance.formats reads other layouts)"
+                    f"{', '.join(arrays.files)} (balance.recorded.read reads other layouts)"
                 )
             optional = {
                 name: arrays[name] for name in ("weights_TLK", "row_mask_T") if name in arrays

@@ -10,10 +10,10 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 from megakernel.api import moe, moe_routed
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
-from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
+from megakernel.experts import Experts, MoEOutput, Router, SharedExpert
+from megakernel.launch.workspace import check
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
-from megakernel.workspace import check
 
 __all__ = [
     "Experts",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megakernel.checks import (
+from megakernel.checks.calls import (
     check_call,
     check_placement,
     check_replay,
@@ -12,20 +12,13 @@ from megakernel.checks import (
     check_size,
 )
 from megakernel.config import KernelConfig
-from megakernel.kernel import Biases, Routing, TokenGate
-from megakernel.launch import (
-    NO_SHARED,
-    NO_SLOTS,
-    NO_TOKEN_GATE,
-    Layer,
-    SharedWeights,
-    launch,
-)
-from megakernel.layer import Experts, MoEOutput, Router, SharedExpert
-from megakernel.op import launch_op
+from megakernel.device.kernel import Biases, Routing, TokenGate
+from megakernel.experts import Experts, MoEOutput, Router, SharedExpert
+from megakernel.launch.op import launch_op
+from megakernel.launch.run import NO_SHARED, NO_SLOTS, NO_TOKEN_GATE, Layer, SharedWeights, launch
+from megakernel.launch.tuned import at_height, default_config
 from megakernel.placement import Placement
 from megakernel.replay import Replay
-from megakernel.tuned import at_height, default_config
 
 
 def moe(

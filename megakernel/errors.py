@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from megakernel.dispatch import ID_OUT_OF_RANGE, ID_TWICE, SLOT_OF_OTHER_EXPERT
-from megakernel.queue import INPUT_AT, STALL_AT
-from megakernel.schedule import Schedule
+from megakernel.device.dispatch import ID_OUT_OF_RANGE, ID_TWICE, SLOT_OF_OTHER_EXPERT
+from megakernel.device.queue import INPUT_AT, STALL_AT
+from megakernel.plan.schedule import Schedule
 
 
 class MegakernelStall(RuntimeError):  # noqa: N818  (the public name is agreed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megakernel.kernel import Slots
+from megakernel.device.kernel import Slots
 
 
 @dataclass(frozen=True, eq=False)

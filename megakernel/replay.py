@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megakernel.config import KernelConfig, usual_rows
-from megakernel.kernel import Rows, Slots
-from megakernel.layer import Experts
+from megakernel.device.kernel import Rows, Slots
+from megakernel.experts import Experts
+from megakernel.launch.tuned import default_config
 from megakernel.placement import Placement, check_ids
-from megakernel.tuned import default_config
 
 
 @dataclass(frozen=True, eq=False)

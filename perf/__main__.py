@@ -11,13 +11,13 @@ import torch
 # Each module offers add_arguments(parser) and run(arguments) -> exit status, and its docstring's
 # first line is the help text.
 MODULE_OF_COMMAND = {
-    "demo": "perf.demo",
+    "demo": "perf.demo.command",
     "list": "perf.listing",
-    "run": "perf.suites",
-    "compare": "perf.compare",
-    "report": "perf.report",
+    "run": "perf.suites.command",
+    "compare": "perf.results.compare",
+    "report": "perf.results.report",
     "tune": "perf.tune",
-    "simulate": "perf.simulate_command",
+    "simulate": "perf.simulator.command",
 }
 
 

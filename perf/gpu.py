@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from megakernel.compile_cases import compile_cases
-from megakernel.compile_check import compile_case
-from perf import report, timelines
-from perf.bench import Bench
-from perf.measure import DEFAULT, QUICK, Protocol
-from perf.providers import OURS, PLAIN
-from perf.record import ROOT, provenance
-from perf.suites import run_suite
+from megakernel.tools.compile_cases import compile_cases
+from megakernel.tools.compile_check import compile_case
+from perf.measuring.measure import DEFAULT, QUICK, Protocol
+from perf.problems.providers import OURS, PLAIN
+from perf.results import report, timelines
+from perf.results.record import ROOT, provenance
+from perf.suites.bench import Bench
+from perf.suites.command import run_suite
 
 TOTAL_SECONDS = 520.0
 TEST_SECONDS = 160.0

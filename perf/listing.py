@@ -4,9 +4,9 @@ import argparse
 
 import torch
 
-from perf.cases import SCENARIOS, SHAPES
-from perf.peers import ALL_PROVIDERS
-from perf.suites import SUITES
+from perf.problems.cases import SCENARIOS, SHAPES
+from perf.problems.peers import ALL_PROVIDERS
+from perf.suites.command import SUITES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,14 +15,14 @@ import torch
 
 from megakernel import Experts, Router, moe, prepare_replay
 from megakernel.config import SHIPPED, KernelConfig, shipped_config
-from megakernel.tuned import TABLE_PATH, Tuned, merge_into_table
+from megakernel.launch.tuned import TABLE_PATH, Tuned, merge_into_table
 from perf.arguments import count
-from perf.bench import Bench
-from perf.cases import SCENARIOS, SHAPES, Case, make_loads
-from perf.measure import QUICK, Timing
-from perf.providers import Call, Problem, Provider, make_problem, prepare
-from perf.record import provenance
-from perf.simulate import LABEL, describe, search_configs
+from perf.measuring.measure import QUICK, Timing
+from perf.problems.cases import SCENARIOS, SHAPES, Case, make_loads
+from perf.problems.providers import Call, Problem, Provider, make_problem, prepare
+from perf.results.record import provenance
+from perf.simulator.predict import LABEL, describe, search_configs
+from perf.suites.bench import Bench
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 32768)
 MODES = ("live", "replay")

@@ -87,7 +87,7 @@ def poisoned_scratch() -> Iterator[None]:
 
     A launch that reads scratch which it has not written then shows in its output.
     """
-    module = sys.modules.get("megakernel.workspace")
+    module = sys.modules.get("megakernel.launch.workspace")
     if module is None:  # a test of a package that must not need Triton
         yield
         return

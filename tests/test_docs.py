@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sources import FOLDERS, ROOT
+from tests.helpers.sources import FOLDERS, ROOT
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from tests.sources import PACKAGES, ROOT, dotted_name, modules_of, tracked_files
+from tests.helpers.sources import PACKAGES, ROOT, dotted_name, modules_of, tracked_files
 
 # Patterns that do not match themselves.
 REGISTRY = re.compile(

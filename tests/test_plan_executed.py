@@ -7,8 +7,8 @@ import torch
 from balance import Topology, Trace, make_plan
 from megakernel import Placement, moe, prepare_replay
 from reference import moe_by_rank
-from tests.cases import Case
-from tests.support import SMALL, assert_same_bits, make_inputs
+from tests.helpers.cases import Case
+from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs
 
 T, E, K, RANKS = 60, 8, 2, 4
 CASE = Case("planned", T, K, E, 48, 32, "experts that a plan copies")

@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.sources import (
+from tests.helpers.sources import (
     FOLDERS,
     PACKAGES,
     ROOT,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.sources import FOLDERS, Function, functions_of, modules_of, parse, place
+from tests.helpers.sources import FOLDERS, Function, functions_of, modules_of, parse, place
 
 ASSERTING_CALL = re.compile(r"raises|warns|fail|benchmark|assert_\w+|check_call|check_output")
 COMPARISON = re.compile(r"allclose|array_equal|equal|isclose|all|any|isfinite|isnan")

@@ -10,7 +10,7 @@ from megakernel.adapters.families import Family, family_of, read_shared
 from megakernel.adapters.modules import check_experts_module, local, read_experts
 from megakernel.api import moe, moe_routed
 from megakernel.config import KernelConfig
-from megakernel.layer import MoEOutput
+from megakernel.experts import MoEOutput
 from megakernel.placement import Placement
 from megakernel.replay import Replay
 

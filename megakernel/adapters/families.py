@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from megakernel.adapters.modules import local
-from megakernel.layer import Router, SharedExpert
+from megakernel.experts import Router, SharedExpert
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megakernel.adapters.modules import local
 from megakernel.adapters.weights import pack_stacked, read_stacked
 from megakernel.api import moe_routed
 from megakernel.config import KernelConfig
-from megakernel.layer import Experts
+from megakernel.experts import Experts
 from megakernel.placement import Placement
 
 # Fields of TransformerConfig, with the only value this kernel computes.

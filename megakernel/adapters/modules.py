@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megakernel.layer import Experts, SharedExpert
+from megakernel.experts import Experts, SharedExpert
 
 # By class name of transformers' activations.
 ACTIVATIONS = {

@@ -15,7 +15,7 @@ from megakernel.adapters.modules import local
 from megakernel.adapters.weights import pack_gate_up, read_gate_up
 from megakernel.api import moe_routed
 from megakernel.config import KernelConfig
-from megakernel.layer import Experts
+from megakernel.experts import Experts
 
 LOCAL_DISPATCHER = "LocalTokenDispatcher"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balance import formats
 from balance.__main__ import main
-from balance.baselines import BASELINES
+from balance.compare.baselines import BASELINES
+from balance.compare.report import OURS
 from balance.plan import Plan
-from balance.report import OURS
-from balance.synthetic import SyntheticConfig, make_trace
+from balance.recorded import read as formats
+from balance.recorded.synthetic import SyntheticConfig, make_trace
 from balance.trace import Trace
 
 REAL_TRACE = Path(__file__).parents[3] / "shared/traces/gptoss20b.npz"
@@ -168,7 +168,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_import_is_light():
     code = (
-        "import sys, balance, balance.baselines, balance.formats, balance.synthetic\n"
+        "import sys, balance, balance.compare.baselines, balance.recorded.read, balance.recorded.synthetic\n"
         "heavy = {'matplotlib', 'scipy', 'triton'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balance import Plan, PlanOptions, Topology, Trace, make_plan
-from balance.packing import pack
-from balance.synthetic import SyntheticConfig, make_counts
-from tests.strategies import loads, topologies
+from balance.recorded.packing import pack
+from balance.recorded.synthetic import SyntheticConfig, make_counts
+from tests.helpers.strategies import loads, topologies
 
 GPTOSS = Path(__file__).parents[2] / "../shared/traces/gptoss20b.npz"
 needs_gptoss = pytest.mark.skipif(not GPTOSS.exists(), reason="the recorded trace is not here")

@@ -5,9 +5,9 @@ from torch import Tensor
 
 import reference
 from megakernel import Experts, MoEOutput
-from megakernel.models import MODELS
-from tests.cases import Case
-from tests.support import Inputs
+from megakernel.tools.models import MODELS
+from tests.helpers.cases import Case
+from tests.helpers.inputs import Inputs
 
 INTERPRETED_SHRINK = 32  # widths and tokens where --interpret-gpu-tests runs a test's body
 

@@ -4,8 +4,8 @@ import torch
 
 import megakernel
 from megakernel import moe_routed, prepare_replay
-from tests.cases import SHAPES
-from tests.support import SMALL, make_inputs, run
+from tests.helpers.cases import SHAPES
+from tests.helpers.inputs import SMALL, make_inputs, run
 
 
 def main() -> None:

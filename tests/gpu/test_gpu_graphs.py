@@ -10,7 +10,7 @@ import megakernel
 from megakernel import MoEOutput, Placement, moe, moe_routed, prepare_replay
 from megakernel.config import ROWS16, ROWS64
 from tests.gpu.layers import make_layer
-from tests.support import Inputs, assert_same_bits
+from tests.helpers.inputs import Inputs, assert_same_bits
 
 # The warnings of torch's own machinery are not ours to fix.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -128,7 +128,7 @@ def test_a_graph_reports_a_bad_id_of_its_replay(cuda: torch.device) -> None:
 
 
 def test_capturing_a_cold_layer_is_refused(cuda: torch.device, monkeypatch) -> None:
-    monkeypatch.setattr("megakernel.workspace._workspaces", {})
+    monkeypatch.setattr("megakernel.launch.workspace._workspaces", {})
     inputs = make_layer(QWEN, 64, cuda)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(graph):

@@ -10,7 +10,6 @@ from torch import Tensor
 import reference
 from megakernel import Experts, MoEOutput, Placement, Router, moe, moe_routed, prepare_replay
 from megakernel.config import ROWS16, ROWS64, ROWS128, KernelConfig
-from tests.cases import CASES, SHAPES, Case, name_of
 from tests.gpu.layers import (
     eager_rows,
     make_layer,
@@ -18,7 +17,8 @@ from tests.gpu.layers import (
     truth_of_tokens,
     worst_row_error,
 )
-from tests.support import (
+from tests.helpers.cases import CASES, SHAPES, Case, name_of
+from tests.helpers.inputs import (
     SMALL,
     Inputs,
     assert_same_bits,

@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import megakernel
 from megakernel import MegakernelStall, Placement, moe, moe_routed, prepare_replay
-from megakernel.spec import KernelSpec
-from megakernel.workspace import workspace_for
-from tests.cases import SHAPES
-from tests.support import SMALL, Inputs, assert_same_bits, make_inputs, run
+from megakernel.launch.workspace import workspace_for
+from megakernel.plan.spec import KernelSpec
+from tests.helpers.cases import SHAPES
+from tests.helpers.inputs import SMALL, Inputs, assert_same_bits, make_inputs, run
 
 # The warnings of torch's own machinery are not ours to fix.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

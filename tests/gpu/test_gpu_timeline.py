@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megakernel.config import ROWS16
-from megakernel.timeline import read_timeline
-from megakernel.workspace import workspace_for
+from megakernel.launch.workspace import workspace_for
+from megakernel.tools.timeline import read_timeline
 from tests.gpu.layers import make_layer
-from tests.support import assert_same_bits, run
+from tests.helpers.inputs import assert_same_bits, run
 
 pytestmark = pytest.mark.gpu
 

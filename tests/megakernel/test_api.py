@@ -18,11 +18,11 @@ from megakernel import (
     moe_routed,
     prepare_replay,
 )
-from megakernel.kernel import moe_kernel
-from megakernel.spec import KernelSpec
-from megakernel.workspace import workspace_for
-from tests.cases import SHAPES
-from tests.support import SMALL, assert_same_bits, make_inputs, relative_error, run, truth
+from megakernel.device.kernel import moe_kernel
+from megakernel.launch.workspace import workspace_for
+from megakernel.plan.spec import KernelSpec
+from tests.helpers.cases import SHAPES
+from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, relative_error, run, truth
 
 PLAIN = SHAPES[0]  # T 40, K 2, E 4, H 64, I 32
 INPUTS = make_inputs(PLAIN)
@@ -192,8 +192,8 @@ class CountedOps(TorchDispatchMode):
 def test_a_warm_call_is_one_launch_and_nothing_else(call, monkeypatch):
     call()
     # On the CPU the ids are looked at, because it costs no synchronisation there.
-    monkeypatch.setattr("megakernel.launch.check_values", lambda layer: None)
-    monkeypatch.setattr("megakernel.workspace.Workspace.raise_errors", lambda self: None)
+    monkeypatch.setattr("megakernel.launch.run.check_values", lambda layer: None)
+    monkeypatch.setattr("megakernel.launch.workspace.Workspace.raise_errors", lambda self: None)
     monkeypatch.setattr(type(moe_kernel), "run", lambda *args, **kwargs: launches.append(1))
     launches: list[int] = []
     with CountedOps() as ops:
@@ -209,7 +209,7 @@ PREPARED = prepare_replay(IDS, 4, config=SMALL)
 
 def test_an_unchecked_bad_id_is_skipped_in_the_launch_and_reported(monkeypatch):
     """On a GPU nobody looks at ids before the launch; here the look is switched off."""
-    monkeypatch.setattr("megakernel.launch.check_values", lambda layer: None)
+    monkeypatch.setattr("megakernel.launch.run.check_values", lambda layer: None)
     expected = routed(with_id((7, 1), -1))
     outputs = []
     monkeypatch.setattr(
@@ -280,7 +280,7 @@ def test_an_interrupted_launch_leaves_nothing_behind(monkeypatch):
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr("megakernel.checks.INTERPRETED", False)
+    monkeypatch.setattr("megakernel.checks.calls.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1.*reference\.moe"):
         live()
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from megakernel import KernelConfig, Placement, moe_routed, prepare_replay
 from megakernel.config import INTERPRETER, ROWS64
+from megakernel.launch.workspace import workspace_for
 from megakernel.replay import stable_rank
-from megakernel.workspace import workspace_for
-from tests.cases import SHAPES
-from tests.support import SMALL, assert_same_bits, make_inputs, run
+from tests.helpers.cases import SHAPES
+from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, run
 
 NUM_EXPERTS = 5
 

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
-from megakernel.compile_cases import compile_cases
+from megakernel.tools.compile_cases import compile_cases
 from perf import gpu
-from perf.measure import QUICK
-from perf.suites import SUITES
+from perf.measuring.measure import QUICK
+from perf.suites.command import SUITES
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 from perf.__main__ import main
-from perf.cases import SCENARIOS, SHAPES
-from perf.peers import ALL_PROVIDERS
-from perf.suites import SUITES
+from perf.problems.cases import SCENARIOS, SHAPES
+from perf.problems.peers import ALL_PROVIDERS
+from perf.suites.command import SUITES
 
 
 def test_everything_that_can_be_chosen_is_listed(capsys):

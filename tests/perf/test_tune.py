@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megakernel.config import SHIPPED, LayerShape
-from megakernel.tuned import Tuned, read_table
+from megakernel.launch.tuned import Tuned, read_table
 from perf.__main__ import main
-from perf.bench import Bench
-from perf.cases import TINY, Case
-from perf.measure import Protocol, Timing
-from perf.providers import make_problem
-from perf.simulate import LABEL
+from perf.measuring.measure import Protocol, Timing
+from perf.problems.cases import TINY, Case
+from perf.problems.providers import make_problem
+from perf.simulator.predict import LABEL
+from perf.suites.bench import Bench
 from perf.tune import run, time_configs, tune
 
 ROWS16 = SHIPPED["rows16"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sources import ROOT
+from tests.helpers.sources import ROOT
 from tests.test_docs import blocks, run_python
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -5,6 +5,7 @@ from torch import nn
 from balance import Topology, Trace, make_plan
 from megakernel import KernelConfig, Placement
 from megakernel.adapters.transformers import record_routing, replay_routing, use_megakernel
+from tests.helpers.inputs import assert_same_bits
 from tests.megakernel.adapters.tiny import (
     FUSED,
     LOGITS_TOLERANCE,
@@ -18,7 +19,6 @@ from tests.megakernel.adapters.tiny import (
     prompt,
     run,
 )
-from tests.support import assert_same_bits
 
 
 @each(FUSED)

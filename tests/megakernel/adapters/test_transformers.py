@@ -12,6 +12,7 @@ from megakernel.adapters.transformers import (
     replay_routing,
     use_megakernel,
 )
+from tests.helpers.inputs import assert_same_bits, relative_error
 from tests.megakernel.adapters.tiny import (
     DEEPSEEK_V3,
     DOTS,
@@ -33,7 +34,6 @@ from tests.megakernel.adapters.tiny import (
     prompt,
     run,
 )
-from tests.support import assert_same_bits, relative_error
 
 
 @each(FUSED)

@@ -1,0 +1,1 @@
+"""Plans beside published baselines: tables, pictures."""

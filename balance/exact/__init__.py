@@ -1,0 +1,1 @@
+"""Mathematics that is proved, without the planner's words."""

@@ -1,0 +1,1 @@
+"""Where traces come from: recordings of engines and trainers, packing, synthetic routing."""

@@ -1,0 +1,1 @@
+"""The planner's chapters, one file each; no name here is public."""

@@ -1,0 +1,1 @@
+"""The one home of refusals: argument, rule, value, before any launch."""

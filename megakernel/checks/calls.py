@@ -1,0 +1,172 @@
+"""What a call is refused for, before any launch: argument, rule, value."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from triton._utils import TRITON_MAX_TENSOR_NUMEL
+
+from megakernel.checks.tensors import (
+    check_contiguous,
+    check_device,
+    check_like,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+)
+from megakernel.config import KernelConfig
+from megakernel.experts import Experts, Router
+from megakernel.launch.run import INTERPRETED
+from megakernel.placement import Placement
+from megakernel.plan.schedule import bound_tiles
+from megakernel.replay import Replay, check_experts, check_slot_shape
+
+MAX_SLOTS = 2048
+MAX_ROWS = 2**31 - 1
+
+
+def check_call(x_TH: Tensor, experts: Experts) -> None:
+    """Check what both entry points share."""
+    check_tensor("x_TH", x_TH, 2)
+    if x_TH.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "x_TH must be on a GPU, got cpu: set TRITON_INTERPRET=1 before importing megakernel "
+            "to run the kernel in Triton's interpreter, or use reference.moe, the slow "
+            "plain-PyTorch alternative"
+        )
+    if x_TH.shape[1] != experts.down_EHI.shape[1]:
+        raise ValueError(
+            f"x_TH must have the experts' width H={experts.down_EHI.shape[1]}, got {x_TH.shape[1]}"
+        )
+    check_like("x_TH", x_TH, "down_EHI", experts.down_EHI)
+    check_no_grad("x_TH", x_TH)
+    for name in ("gate_up_E2IH", "down_EHI", "gate_up_bias_E2I", "down_bias_EH"):
+        tensor = getattr(experts, name)
+        if tensor is not None:
+            check_no_grad(name, tensor)
+    if experts.shared is not None:
+        for field in fields(experts.shared):
+            tensor = getattr(experts.shared, field.name)
+            if tensor is not None:
+                check_no_grad(field.name, tensor)
+
+
+def check_placement(
+    placement: Placement | None, experts: Experts, shape_TK: tuple[int, int], x_TH: Tensor
+) -> None:
+    """Check that a placement fits the layer and the call; its values were checked before."""
+    if placement is None:
+        return
+    check_experts(placement, experts.num_experts)
+    check_device("expert_of_P", placement.expert_of_P, x_TH)
+    if placement.num_slots > MAX_SLOTS:
+        raise ValueError(
+            f"expert_of_P must have at most {MAX_SLOTS} slots, got {placement.num_slots}"
+        )
+    if placement.slot_of_TK is not None:
+        check_slot_shape(placement, shape_TK)
+
+
+def check_replay(
+    replay: Replay,
+    placement: Placement | None,
+    experts: Experts,
+    shape_TK: tuple[int, int],
+    x_TH: Tensor,
+) -> None:
+    """Check that a replay was prepared for this call, but for its tile height."""
+    if not isinstance(replay, Replay):
+        raise TypeError(f"replay must come from prepare_replay, got {type(replay).__name__}")
+    if tuple(replay.expert_of_TK.shape) != shape_TK:
+        raise ValueError(
+            f"replay must be prepared for [T, K] = {shape_TK}, "
+            f"got {tuple(replay.expert_of_TK.shape)}"
+        )
+    if replay.num_experts != experts.num_experts:
+        raise ValueError(
+            f"replay must be prepared for E={experts.num_experts}, got {replay.num_experts}"
+        )
+    check_device("replay", replay.expert_of_TK, x_TH)
+    if placement is not None and placement is not replay.placement:
+        raise ValueError(
+            "placement must be None or the one the replay was prepared with, got another"
+        )
+
+
+def check_router(
+    router_EH: Tensor,
+    router: Router,
+    experts: Experts,
+    x_TH: Tensor,
+    placement: Placement | None,
+) -> None:
+    """Check the gate's weight and what it is asked for."""
+    num_experts = experts.num_experts
+    check_tensor("router_weight_EH", router_EH, 2)
+    check_shape("router_weight_EH", router_EH, (num_experts, x_TH.shape[1]))
+    if router_EH.dtype != torch.float32:
+        check_like("router_weight_EH", router_EH, "x_TH", x_TH)
+    check_device("router_weight_EH", router_EH, x_TH)
+    check_no_grad("router_weight_EH", router_EH)
+    for name in ("bias_E", "correction_bias_E"):
+        bias_E = getattr(router, name)
+        if bias_E is not None:
+            check_shape(name, bias_E, (num_experts,))
+            check_device(name, bias_E, x_TH)
+            check_no_grad(name, bias_E)
+    if num_experts % router.num_groups:
+        raise ValueError(f"num_groups must divide E={num_experts}, got {router.num_groups}")
+    num_choosable = num_experts // router.num_groups * router.top_groups
+    if router.top_k > num_choosable:
+        most = f"E={num_experts}"
+        if router.num_groups > 1:
+            most = f"the {num_choosable} experts of {router.top_groups} groups"
+        raise ValueError(f"top_k must be at most {most}, got {router.top_k}")
+    if router.capacity is not None and placement is not None and placement.slot_of_TK is not None:
+        raise ValueError(
+            "slot_of_TK must be None with a capacity, which counts tokens per expert and not per "
+            f"slot, got shape {tuple(placement.slot_of_TK.shape)}"
+        )
+
+
+def check_routing_tensors(
+    expert_of_TK: Tensor, gate_TK: Tensor, experts: Experts, x_TH: Tensor
+) -> None:
+    """Check type, shape and place of a given routing, but not its values."""
+    check_tensor("gate_TK", gate_TK, 2)
+    check_no_grad("gate_TK", gate_TK)
+    if expert_of_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert_of_TK must be int32 or int64, got {expert_of_TK.dtype}")
+    if expert_of_TK.ndim != 2 or not 1 <= expert_of_TK.shape[1] <= experts.num_experts:
+        raise ValueError(
+            f"expert_of_TK must have shape [T, K] with 1 <= K <= E={experts.num_experts}, "
+            f"got {tuple(expert_of_TK.shape)}"
+        )
+    check_contiguous("expert_of_TK", expert_of_TK)
+    shape_TK = (len(x_TH), expert_of_TK.shape[1])
+    for name, tensor in (("expert_of_TK", expert_of_TK), ("gate_TK", gate_TK)):
+        check_shape(name, tensor, shape_TK)
+        check_device(name, tensor, x_TH)
+
+
+def check_size(
+    num_tokens: int, top_k: int, num_slots: int, experts: Experts, config: KernelConfig
+) -> None:
+    """Refuse calls whose row ids would not fit 32 bits, or whose tiles no interpreter holds."""
+    columns = max(2 * config.block_i, config.block_h)
+    elements = max(config.block_rows * columns, config.block_tokens * config.block_experts)
+    if INTERPRETED and elements * config.step > TRITON_MAX_TENSOR_NUMEL:
+        raise ValueError(
+            "config must keep rows · step · columns of a tile product within "
+            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}: "
+            "halve step, or use megakernel.config.INTERPRETER"
+        )
+    num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)
+    if experts.shared is not None:
+        num_slices = -(-len(experts.shared.up_JH) // experts.down_EHI.shape[2])
+        num_tiles += num_slices * -(-num_tokens // config.block_rows)
+    num_rows = num_tiles * config.block_rows
+    if num_rows > MAX_ROWS:
+        raise ValueError(
+            f"x_TH must have so few tokens that T·K padded rows stay below 2^31, got {num_rows}"
+        )

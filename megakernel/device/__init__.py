@@ -1,0 +1,1 @@
+"""What runs inside the launch; the only folder with ``tl.load``."""

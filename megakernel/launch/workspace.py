@@ -1,0 +1,212 @@
+"""Scratch memory: where bytes live, who owns them, and what a launch left in the error words."""
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megakernel.device.kernel import Control, Rows
+from megakernel.device.queue import ERROR_WORDS, INPUT_AT, SCHEDULE_AT, STALL_AT
+from megakernel.errors import MegakernelStall, describe_bad_input, describe_stall
+from megakernel.plan.schedule import Schedule
+from megakernel.plan.spec import KernelSpec
+
+ALIGNMENT_BYTES = 256
+NOT_WARM = "call the layer once with the same shapes before capturing it in a CUDA graph"
+
+Shape = tuple[int, ...]
+
+
+def scratch_shapes(schedule: Schedule, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of every scratch tensor of a launch."""
+    spec, num_tiles = schedule.spec, schedule.num_tiles
+    num_rows = num_tiles * spec.block_rows
+    shapes: dict[str, tuple[Shape, torch.dtype]] = {
+        "h_CI": ((num_rows, spec.intermediate), dtype),
+        "y_CH": ((num_rows, spec.hidden), dtype),
+    }
+    if spec.timed:
+        shapes["times"] = ((1 + schedule.num_tasks, spec.NUM_TIMES), torch.int64)
+    if spec.replay:
+        return shapes
+    integers = {
+        "base_GB": (schedule.token_tiles, spec.num_bins),
+        "total_B": (spec.num_bins,),
+        "rank_TK": (schedule.num_tokens, spec.top_k),
+        "tile_start_GP": (schedule.token_tiles, spec.slots_pad),
+        "num_tiles_1": (1,),
+        "row_of_TK": (schedule.num_tokens, spec.top_k),
+        "assignment_of_C": (num_rows,),
+        "expert_of_tile": (num_tiles,),
+        "rows_of_tile": (num_tiles,),
+    }
+    return shapes | {name: (shape, torch.int32) for name, shape in integers.items()}
+
+
+def place(shapes: dict[str, tuple[Shape, torch.dtype]]) -> tuple[dict[str, int], int]:
+    """Return each tensor's byte offset and the bytes they take together."""
+    offsets, end = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        offsets[name] = end
+        size_bytes = max(prod(shape), 1) * dtype.itemsize
+        end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return offsets, end
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Views of the arena for one launch shape."""
+
+    schedule_id: int
+    schedule: Schedule
+    h_CI: Tensor
+    y_CH: Tensor
+    rows: Rows | None  # None in replay: the tables come with the replay
+    times: Tensor | None  # None unless the launch is timed
+
+
+@dataclass
+class Workspace:
+    """Memory that launches of one stream share, one after another."""
+
+    device: torch.device
+    arena: Tensor = field(init=False)
+    control: Control = field(init=False)
+    schedules: list[Schedule] = field(default_factory=list)
+    views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
+    latest: Scratch | None = None  # of the last launch, unless that failed
+    captured: bool = False
+    outgrown_arenas: list[Tensor] = field(default_factory=list)
+    outgrown_counters: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Allocate the error words; arena and counters grow with the first launch."""
+        self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
+        error = torch.zeros(ERROR_WORDS, dtype=torch.int32, device=self.device)
+        report = torch.zeros(ERROR_WORDS, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.control = Control(
+            torch.zeros(0, dtype=torch.int32, device=self.device), error, report
+        )
+
+    def scratch(
+        self, spec: KernelSpec, num_tokens: int, num_tiles: int, dtype: torch.dtype
+    ) -> Scratch:
+        """Return the views for a launch, growing the memory if it has never been so large."""
+        schedule = Schedule(spec, num_tokens, num_tiles)
+        found = self.views.get((schedule, dtype))
+        self.latest = found if found is not None else self._make_scratch(schedule, dtype)
+        return self.latest
+
+    def _make_scratch(self, schedule: Schedule, dtype: torch.dtype) -> Scratch:
+        shapes = scratch_shapes(schedule, dtype)
+        offsets, size_bytes = place(shapes)
+        self._grow(size_bytes, schedule.num_counters * schedule.spec.COUNTER_STRIDE)
+        views = {}
+        for name, (shape, kind) in shapes.items():
+            used_bytes = prod(shape) * kind.itemsize
+            flat = self.arena[offsets[name] : offsets[name] + used_bytes]
+            views[name] = flat.view(kind).view(shape)
+        h_CI, y_CH = views.pop("h_CI"), views.pop("y_CH")
+        times = views.pop("times", None)
+        rows = Rows(**views) if views else None
+        made = Scratch(len(self.schedules), schedule, h_CI, y_CH, rows, times)
+        self.schedules.append(schedule)
+        self.views[schedule, dtype] = made
+        return made
+
+    def _grow(self, arena_bytes: int, counter_words: int) -> None:
+        if self.holds(arena_bytes, counter_words):
+            return
+        if self.captured:  # the graph still points at the memory it was captured with
+            self.outgrown_arenas.append(self.arena)
+            self.outgrown_counters.append(self.control.counters)
+        self.views.clear()
+        if is_capturing(self.device):
+            donor = take_warm(self.device, arena_bytes, counter_words)
+            self.arena, counters = donor.arena, donor.control.counters
+        else:
+            arena_bytes = max(arena_bytes, self.arena.numel())
+            counter_words = max(counter_words, self.control.counters.numel())
+            self.arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self.device)
+            counters = torch.zeros(counter_words, dtype=torch.int32, device=self.device)
+        self.control = self.control._replace(counters=counters)
+
+    def holds(self, arena_bytes: int, counter_words: int) -> bool:
+        """Whether the memory is large enough."""
+        return arena_bytes <= self.arena.numel() and counter_words <= self.control.counters.numel()
+
+    def reset(self) -> None:
+        """Bring counters and error words back to what a launch must find, graphs' included."""
+        for words in (self.control.counters, self.control.error, *self.outgrown_counters):
+            words.zero_()
+        self.latest = None
+
+    def raise_errors(self) -> None:
+        """Raise what an earlier launch reported, once. Does not synchronise."""
+        report = self.control.report
+        if not (int(report[STALL_AT]) or int(report[INPUT_AT])):
+            return
+        words = report.tolist()
+        report.zero_()
+        if words[STALL_AT]:
+            self.reset()
+            raise MegakernelStall(describe_stall(words, self.schedules[words[SCHEDULE_AT]]))
+        raise ValueError(describe_bad_input(words))
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def workspace_for(device: torch.device) -> Workspace:
+    """Return the workspace of the current stream.
+
+    A CUDA graph keeps the memory it was captured with: it takes over what an eager call has
+    warmed, so that capturing allocates and zeroes nothing, and eager calls make themselves a new
+    workspace. Graphs captured on one stream share one, so replay them one after another.
+
+    Raises:
+        RuntimeError: if capturing starts before any call has warmed a workspace.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _workspaces.get((device, stream))
+    capturing = is_capturing(device)
+    if found is None:
+        found = take_warm(device, 0, 0) if capturing else Workspace(device)
+        _workspaces[device, stream] = found
+    found.captured |= capturing
+    return found
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def take_warm(device: torch.device, arena_bytes: int, counter_words: int) -> Workspace:
+    """Remove and return the largest workspace of the device that no graph owns, if it is enough.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    warm = [
+        key
+        for key, space in _workspaces.items()
+        if key[0] == device and not space.captured and space.holds(arena_bytes, counter_words)
+    ]
+    if not warm:
+        raise RuntimeError(NOT_WARM)
+    return _workspaces.pop(max(warm, key=lambda key: _workspaces[key].arena.numel()))
+
+
+def check() -> None:
+    """Wait for all launches and raise what they reported.
+
+    Raises:
+        MegakernelStall: if a wait inside a launch ran past its bound.
+        ValueError: if a launch met a bad id or slot, which it skipped.
+    """
+    for (device, _), workspace in list(_workspaces.items()):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        workspace.raise_errors()

@@ -1,0 +1,1 @@
+"""A small language model from rollout to replayed forward."""

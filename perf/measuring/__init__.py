@@ -1,0 +1,1 @@
+"""How a thing is timed, and what it could reach."""

@@ -1,0 +1,94 @@
+"""What a layer must at least do, and what the machine can at most do."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megakernel.tools.models import ModelShape
+from perf.measuring.measure import Protocol, Timing, time_graphs
+
+DENSE_SIZE = 8192
+COPY_BYTES = 4 << 30
+L2_READ_BYTES = 32 << 20
+L2_READS = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """Useful work of one call: nothing padded, nothing read twice."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flops / self.bytes
+
+
+def useful_work(model: ModelShape, num_tokens: int, load_E: np.ndarray) -> Work:
+    """Count a call's work.
+
+    flops = 6·A·H·I with A = T·K the served assignments: gate, up and down product of each. The
+    router's 2·T·H·E are not counted. bytes = weights of the experts that serve an assignment,
+    tokens in, tokens out; two bytes an element. The intermediate could stay on chip.
+    """
+    flops = 6.0 * load_E.sum() * model.hidden * model.intermediate
+    weights = 3 * np.count_nonzero(load_E) * model.hidden * model.intermediate
+    return Work(flops, 2.0 * float(weights + 2 * num_tokens * model.hidden))
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the machine can do at most: a dense bfloat16 product, a copy, reads from L2.
+
+    ``source`` says where the figures come from; "measured" only if they were, in this run.
+    """
+
+    dense_flops_per_s: float
+    copy_bytes_per_s: float
+    l2_bytes_per_s: float
+    source: str
+
+    def least_us(self, work: Work) -> float:
+        """Time that no implementation can beat: the slower of the two roofs."""
+        return 1e6 * max(work.flops / self.dense_flops_per_s, work.bytes / self.copy_bytes_per_s)
+
+
+# Published for one H200: 770 to 800 TFLOP/s and 4.3 TB/s. For L2 reads figures between 5.5 and
+# 8.7 TB/s are published for the H100, whose L2 is the same.
+ASSUMED_H200 = Roofs(780e12, 4.3e12, 7e12, "assumed for one H200")
+
+
+def measure_roofs(device: torch.device, protocol: Protocol) -> Roofs:
+    """Measure the roofs on random data (zeros would run faster than any real data)."""
+    left, right = (
+        torch.randn(DENSE_SIZE, DENSE_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    source = torch.randn(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    cached = torch.randn(L2_READ_BYTES // 4, device=device)
+
+    def read_cached() -> None:
+        for _ in range(L2_READS):
+            cached.sum()
+
+    calls = {
+        "dense": lambda: left @ right,
+        "copy": lambda: target.copy_(source),
+        "l2": read_cached,
+    }
+    timings, refused = time_graphs(calls, protocol, device)
+    if refused:
+        raise RuntimeError(f"the roofs could not be measured: {refused}")
+    return Roofs(
+        _rate(timings["dense"], 2.0 * DENSE_SIZE**3),
+        _rate(timings["copy"], 2.0 * COPY_BYTES),
+        _rate(timings["l2"], float(L2_READS * L2_READ_BYTES)),
+        "measured",
+    )
+
+
+def _rate(timing: Timing, amount: float) -> float:
+    return amount / (timing.median * 1e-6)

@@ -1,0 +1,155 @@
+"""Other people's layers, each adapted to the same problem; imported only where installed."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perf.problems.providers import OURS, PLAIN, Call, Problem, Provider, torch_gate
+
+# LigerCute reserves memory once per process for its largest call.
+CUTE_MAX_TOKENS, CUTE_MAX_HIDDEN, CUTE_MAX_EXPERTS, CUTE_MAX_TOP_K = 65536, 7168, 256, 8
+
+
+def transformers_grouped_mm(problem: Problem) -> Call:
+    """The experts module of Qwen3-MoE in transformers with its "grouped_mm" implementation."""
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    E, H, I = problem.down_EHI.shape
+    config = Qwen3MoeConfig(num_experts=E, hidden_size=H, moe_intermediate_size=I)
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config)
+    experts.gate_up_proj = torch.nn.Parameter(problem.gate_up_E2IH, requires_grad=False)
+    experts.down_proj = torch.nn.Parameter(problem.down_EHI, requires_grad=False)
+
+    def call() -> Tensor:
+        expert_of_TK, gate_TK = torch_gate(problem)
+        return experts(problem.x_TH, expert_of_TK, gate_TK.to(problem.x_TH.dtype))
+
+    return call
+
+
+def liger(problem: Problem) -> Call:
+    """Liger-Kernel's fused MoE in Triton; it reads a size back from the GPU."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def call() -> Tensor:
+        expert_of_TK, gate_TK = torch_gate(problem)
+        return LigerFusedMoEFunction.apply(
+            problem.x_TH, problem.gate_up_E2IH, problem.down_EHI, expert_of_TK.int(), gate_TK
+        )
+
+    return call
+
+
+def liger_cute(problem: Problem) -> Call:
+    """Liger-Kernel's persistent CUTLASS kernel on a group of one rank."""
+    configure_liger_cute()
+    from liger_kernel.ops.cute.ops.moe import moe_fused
+
+    E, _, I = problem.down_EHI.shape
+    gate_EIH, up_EIH = problem.gate_up_E2IH[:, :I], problem.gate_up_E2IH[:, I:]
+
+    def call() -> Tensor:
+        expert_of_TK, gate_TK = torch_gate(problem)
+        return moe_fused(
+            problem.x_TH, expert_of_TK.int(), gate_TK, gate_EIH, up_EIH, problem.down_EHI,
+            E, problem.top_k,
+        )  # fmt: skip
+
+    return call
+
+
+@cache
+def configure_liger_cute() -> None:
+    """Start the process group and the memory that LigerCute wants, once."""
+    from liger_cute_kernels import MoEConfig, configure
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    configure(
+        moe=MoEConfig(
+            max_tokens=CUTE_MAX_TOKENS,
+            hidden_size=CUTE_MAX_HIDDEN,
+            num_experts=CUTE_MAX_EXPERTS,
+            top_k=CUTE_MAX_TOP_K,
+            num_hosts=1,
+            gpus_per_host=1,
+        )
+    )
+
+
+def sonic(problem: Problem) -> Call:
+    """SonicMoE with its own router kernel, in inference mode."""
+    from sonicmoe import moe_TC_softmax_topk_layer
+
+    return lambda: moe_TC_softmax_topk_layer(
+        problem.x_TH,
+        problem.router_EH,
+        problem.gate_up_E2IH.permute(1, 2, 0),
+        None,
+        problem.down_EHI.permute(1, 2, 0),
+        None,
+        problem.top_k,
+        torch.cuda.current_stream().cuda_stream,
+        "swiglu",
+        is_inference_mode_enabled=True,
+        is_softmax_over_topk=True,
+        concat_layout=True,
+    )[0]
+
+
+def sglang(problem: Problem) -> Call:
+    """SGLang's Triton fused_moe with the table it ships for this GPU."""
+    from sglang.srt.layers.moe import MoeRunnerConfig
+    from sglang.srt.layers.moe.fused_moe_triton.fused_moe import fused_moe
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
+    E = len(problem.down_EHI)
+    config = MoeRunnerConfig(
+        num_experts=E, num_local_experts=E, top_k=problem.top_k, activation="silu", is_gated=True,
+        inplace=False,
+    )  # fmt: skip
+
+    def call() -> Tensor:
+        expert_of_TK, gate_TK = torch_gate(problem)
+        # The logits are not read once ids and weights are known.
+        chosen = StandardTopKOutput(gate_TK, expert_of_TK.int(), gate_TK)
+        return fused_moe(problem.x_TH, problem.gate_up_E2IH, problem.down_EHI, chosen, config)
+
+    return call
+
+
+def moe_ops(problem: Problem) -> Call:
+    """The operators of moe-ops in a row: top-k softmax, permute, two GEMMs, unpermute."""
+    import moe_ops as ops
+
+    E, (T, K) = len(problem.down_EHI), problem.expert_of_TK.shape
+
+    def call() -> Tensor:
+        logits_TE = problem.x_TH @ problem.router_EH.T
+        gate_TK, expert_of_TK = ops.fused_topk_softmax(logits_TE, K, fp32_routing=True)
+        x_AH, row_of_A, end_E = ops.permute(problem.x_TH, expert_of_TK, 0, E)
+        gate_up_A2I: Any = ops.grouped_gemm(x_AH, problem.gate_up_E2IH, end_E)
+        gate_AI, up_AI = gate_up_A2I.chunk(2, dim=1)
+        y_AH = ops.grouped_gemm(torch.nn.functional.silu(gate_AI) * up_AI, problem.down_EHI, end_E)
+        return ops.unpermute(y_AH, row_of_A, gate_TK, T, K)
+
+    return call
+
+
+PEERS = (
+    Provider("transformers grouped_mm", transformers_grouped_mm, "transformers"),
+    Provider("Liger Triton", liger, "liger_kernel", needs_gpu=True, capturable=False),
+    Provider("LigerCute", liger_cute, "liger_cute_kernels", needs_gpu=True),
+    Provider("SonicMoE", sonic, "sonicmoe", needs_gpu=True),
+    Provider("SGLang fused_moe", sglang, "sglang", needs_gpu=True),
+    Provider("moe-ops", moe_ops, "moe_ops", needs_gpu=True),
+)
+ALL_PROVIDERS = (*OURS, *PLAIN, *PEERS)

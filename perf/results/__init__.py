@@ -1,0 +1,1 @@
+"""Measured rows: written, read, compared and drawn."""

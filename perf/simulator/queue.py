@@ -1,0 +1,148 @@
+"""The discrete-event part of the simulator: workers claim ids, wait, and share the memory.
+
+A task that is ready takes its fixed time, then computes for its steps while its bytes come, and is
+done with both. Tasks whose bytes are on the way share the memory's bandwidth equally, none faster
+than one multiprocessor can read.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import numpy as np
+
+from megakernel.plan.schedule import Schedule, Task
+from megakernel.tools.timeline import Timeline
+from perf.simulator.costs import Demand, Machine
+
+
+class Play:
+    """One launch while it is played; all times in microseconds.
+
+    Equal sharing is played in bytes instead of time: every task on the way receives the same, so
+    each is done when what one has received since the start passes a figure known when it begins.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        tasks: Sequence[Task],
+        demands: Sequence[Demand],
+        num_workers: int,
+        machine: Machine,
+    ) -> None:
+        self.schedule, self.tasks, self.demands, self.machine = schedule, tasks, demands, machine
+        self.now = 0.0
+        self.next_task = 0
+        self.signals = [0] * schedule.num_counters
+        self.blocked: dict[int, list[tuple[int, Callable[[], None]]]] = defaultdict(list)
+        self.has_tables: set[int] = set()  # workers that need not ask for the row tables again
+        self.order = count()  # events at one time happen in the order they were planned
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.received = 0.0  # bytes each task on the way has received since the start
+        self.on_the_way: list[tuple[float, int]] = []  # (received when complete, task)
+        self.parts_left = [0] * len(tasks)
+        self.worker_N = np.zeros(len(tasks), np.int64)
+        self.ask_N, self.claim_N, self.start_N, self.end_N = np.zeros((4, len(tasks)))
+        for worker in range(num_workers):
+            self.plan(machine.launch_us / 2, lambda worker=worker: self.claim(worker))  # type: ignore[misc]
+
+    def run(self) -> Timeline:
+        """Play until the last task is done."""
+        while self.events or self.on_the_way:
+            bytes_per_us = self.bytes_per_us
+            memory_at = np.inf
+            if self.on_the_way:
+                memory_at = self.now + (self.on_the_way[0][0] - self.received) / bytes_per_us
+            next_at = min(memory_at, self.events[0][0] if self.events else np.inf)
+            self.received += (next_at - self.now) * bytes_per_us
+            self.now = next_at
+            if next_at == memory_at:
+                self.finish_part(heapq.heappop(self.on_the_way)[1])
+            else:
+                heapq.heappop(self.events)[2]()
+        if any(self.blocked.values()) or self.next_task < len(self.tasks):
+            raise RuntimeError("a task waits for signals that never come")
+        kind_N = np.array([task.kind for task in self.tasks])
+        last = float(self.end_N.max()) + self.machine.claim_us + self.machine.launch_us / 2
+        times_N = self.ask_N, self.claim_N, self.start_N, self.end_N
+        return Timeline(last, kind_N, self.worker_N, *times_N)
+
+    @property
+    def bytes_per_us(self) -> float:
+        """What each task on the way receives."""
+        shared = self.machine.roofs.copy_bytes_per_s / max(len(self.on_the_way), 1)
+        return 1e-6 * min(shared, self.machine.sm_bytes_per_s)
+
+    def plan(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (time, next(self.order), event))
+
+    def claim(self, worker: int) -> None:
+        """Take the next id, if there is one, and ask for what it waits for."""
+        if self.next_task == len(self.tasks):
+            return
+        n = self.next_task
+        self.next_task += 1
+        self.worker_N[n], self.ask_N[n] = worker, self.now
+        self.claim_N[n] = self.now + self.machine.claim_us
+        self.plan(self.claim_N[n], lambda: self.ask(n, self.waits_of(n, worker)))
+
+    def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
+        """Return what a worker polls for a task: for the row tables once, with its first need."""
+        schedule = self.schedule
+        tables = schedule.spec.SCATTER_DONE, schedule.token_tiles
+        waits = [wait for wait in schedule.waits(self.tasks[n]) if wait != tables]
+        if schedule.spec.replay or n < schedule.first_table_task or worker in self.has_tables:
+            return waits
+        self.has_tables.add(worker)
+        return [tables, *waits]
+
+    def ask(self, n: int, waits: Sequence[tuple[int, int]]) -> None:
+        """Wait for the first counter of a list, poll it, and go on with the rest."""
+        if not waits:
+            self.begin(n)
+            return
+        (counter, least), rest = waits[0], waits[1:]
+
+        def poll() -> None:
+            self.plan(self.now + self.machine.poll_us, lambda: self.ask(n, rest))
+
+        if self.signals[counter] >= least:
+            poll()
+        else:
+            self.blocked[counter].append((least, poll))
+
+    def begin(self, n: int) -> None:
+        """Start a task: its fixed time, then its steps and its bytes side by side."""
+        self.start_N[n] = self.now
+        self.plan(self.now + self.demands[n].fixed_us, lambda: self.work(n))
+
+    def work(self, n: int) -> None:
+        demand = self.demands[n]
+        self.parts_left[n] = 1
+        if demand.moved_bytes > 0:
+            self.parts_left[n] = 2
+            heapq.heappush(self.on_the_way, (self.received + demand.moved_bytes, n))
+        self.plan(self.now + demand.steps_us, lambda: self.finish_part(n))
+
+    def finish_part(self, n: int) -> None:
+        self.parts_left[n] -= 1
+        if self.parts_left[n]:
+            return
+        counter = self.schedule.signal(self.tasks[n])
+        signal_us = 0.0 if counter is None else self.machine.signal_us
+        self.plan(self.now + signal_us, lambda: self.end(n, counter))
+
+    def end(self, n: int, counter: int | None) -> None:
+        """Finish a task: wake those whose wait its signal ends, claim the next."""
+        self.end_N[n] = self.now
+        if counter is not None:
+            self.signals[counter] += 1
+            waiting, self.blocked[counter] = self.blocked[counter], []
+            for least, poll in waiting:
+                if self.signals[counter] >= least:
+                    poll()
+                else:
+                    self.blocked[counter].append((least, poll))
+        self.claim(int(self.worker_N[n]))

@@ -1,0 +1,170 @@
+"""Suites that time the layer against its peers: forward, decode, replay, skew."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megakernel.launch.tuned import default_config
+from megakernel.tools.models import MODELS
+from perf.measuring.measure import Timing
+from perf.measuring.roofline import Work, useful_work
+from perf.problems.cases import (
+    DECODE_TOKENS,
+    FORWARD_TOKENS,
+    GPT_OSS_20B,
+    SCENARIOS,
+    TINY,
+    Case,
+    why_missing,
+)
+from perf.problems.peers import ALL_PROVIDERS
+from perf.problems.providers import OURS, Provider, make_problem, prepare
+from perf.simulator.predict import predict
+from perf.suites.bench import Bench
+
+# The sizes that matter most come first: a budget may end a suite early.
+FIRST_TOKENS = (8192, 4096, 16384)
+QUICK_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
+SKEW_TOKENS = 8192
+REPLAY_TOKENS = (1, 64, 1024, 8192)
+# Predicting a launch takes the host a second for every 50,000 tasks.
+MOST_PREDICTED_TOKENS = 8192
+MODE_OF_OURS = {"ours live": "live", "ours replay": "replay", "ours routed": "routed"}
+
+
+def forward(bench: Bench) -> None:
+    """Prefill and training sizes, uniform routing."""
+    others = [T for T in FORWARD_TOKENS if T not in FIRST_TOKENS]
+    for case in bench.each(sweep(bench, (*FIRST_TOKENS, *others), "uniform")):
+        time_providers(bench, "forward", case, ALL_PROVIDERS)
+
+
+def decode(bench: Bench) -> None:
+    """Few tokens: reading the touched experts' weights is the work."""
+    for case in bench.each(sweep(bench, DECODE_TOKENS, "uniform")):
+        time_providers(bench, "decode", case, ALL_PROVIDERS)
+
+
+def replay(bench: Bench) -> None:
+    """The same work with a live gate, with replayed ids, and with the whole routing given."""
+    for case in bench.each(sweep(bench, REPLAY_TOKENS, "recorded")):
+        time_providers(bench, "replay", case, OURS)
+
+
+def skew(bench: Bench) -> None:
+    """The same FLOPs under every routing scenario, and each time over the balanced one."""
+    models = (TINY,) if not bench.on_gpu else (MODELS["Qwen3-30B-A3B"], GPT_OSS_20B)
+    num_tokens = SKEW_TOKENS if bench.on_gpu else 32
+    balanced: dict[tuple, float] = {}
+    for case in bench.each(
+        Case(model, num_tokens, name) for model in models for name in SCENARIOS
+    ):
+        if reason := why_missing(case):
+            bench.notes.append(f"{case.name}: skipped, {reason}")
+            continue
+        timing_of = time_providers(bench, "skew", case, ALL_PROVIDERS)
+        for (mode, provider), timing in timing_of.items():
+            key = (case.model.name, mode, provider)
+            if case.scenario == "balanced":
+                balanced[key] = timing.median
+            if key in balanced:
+                bench.add("skew", case, provider, mode, "time over balanced", "ratio",
+                          timing.scaled(1 / balanced[key]))  # fmt: skip
+
+
+def sweep(bench: Bench, counts: Sequence[int], scenario: str) -> list[Case]:
+    """Every model at every T, T by T; one tiny case where there is no GPU."""
+    if not bench.on_gpu:
+        return [Case(TINY, min(counts[0], 32), scenario)]
+    if bench.quick:
+        models, counts = [MODELS[name] for name in QUICK_MODELS], counts[:2]
+    else:
+        models = list(MODELS.values())
+    return [Case(model, T, scenario) for T in counts for model in models]
+
+
+def time_providers(
+    bench: Bench, suite: str, case: Case, providers: Sequence[Provider]
+) -> dict[tuple[str, str], Timing]:
+    """Check and time providers on one case; add times, rates and ratios.
+
+    Returns:
+        timing_of[mode, provider].
+    """
+    try:
+        problem = make_problem(case, bench.device)
+        ready = prepare(problem, bench.keep_providers(providers))
+    except Exception as error:  # one case must not end the suite
+        bench.failures.append(f"{case.name} T={case.num_tokens}: {type(error).__name__}: {error}")
+        return {}
+    bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]
+    bench.failures += [
+        f"{case.name} T={case.num_tokens} {name}: {reason}"
+        for name, reason in ready.failed.items()
+    ]
+    not_captured = [provider.name for provider in providers if not provider.capturable]
+    timing_of = {
+        (mode, name): timing
+        for mode, timings in bench.time(ready.calls, not_captured).items()
+        for name, timing in timings.items()
+    }
+    load_E = torch.bincount(problem.expert_of_TK.flatten(), minlength=case.model.num_experts)
+    work = useful_work(case.model, case.num_tokens, load_E.cpu().numpy())
+    for (mode, name), timing in timing_of.items():
+        add_rates(bench, suite, case, name, mode, timing, work)
+    add_peer_ratios(bench, suite, case, providers, timing_of)
+    if case.num_tokens <= MOST_PREDICTED_TOKENS:
+        add_prediction_errors(bench, suite, case, load_E.cpu().numpy(), timing_of)
+    return timing_of
+
+
+def add_rates(
+    bench: Bench, suite: str, case: Case, name: str, mode: str, timing: Timing, work: Work
+) -> None:
+    """Add the time, and what it is in FLOP/s, bytes/s and of the roofline."""
+    bench.add(suite, case, name, mode, "time", "us", timing)
+    bench.add(suite, case, name, mode, "rate", "TFLOP/s", timing.inverse(work.flops * 1e-6))
+    bench.add(suite, case, name, mode, "traffic", "GB/s", timing.inverse(work.bytes * 1e-3))
+    if bench.on_gpu:
+        least_us = bench.roofs.least_us(work)
+        bench.add(suite, case, name, mode, "of the roofline", "ratio", timing.inverse(least_us))
+
+
+def add_peer_ratios(
+    bench: Bench,
+    suite: str,
+    case: Case,
+    providers: Sequence[Provider],
+    timing_of: dict[tuple[str, str], Timing],
+) -> None:
+    """Add each of our times over that of the best peer that computes the gate as well."""
+    gated_ours = {p.name for p in providers if p.is_ours and p.has_gate}
+    peers = {p.name for p in providers if not p.is_ours}
+    for (mode, name), timing in timing_of.items():
+        best = [t.median for (m, peer), t in timing_of.items() if m == mode and peer in peers]
+        if name in gated_ours and best:
+            ratio = timing.scaled(1 / min(best))
+            bench.add(suite, case, name, mode, "time over best peer", "ratio", ratio)
+
+
+def add_prediction_errors(
+    bench: Bench,
+    suite: str,
+    case: Case,
+    load_E: np.ndarray,
+    timing_of: dict[tuple[str, str], Timing],
+) -> None:
+    """Add how far the simulator was off each measured launch of ours."""
+    if not bench.on_gpu:
+        return
+    for name, launch_mode in MODE_OF_OURS.items():
+        measured = timing_of.get(("graph", name))
+        if measured is None:
+            continue
+        config = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
+        predicted_us = predict(
+            case.model, case.num_tokens, load_E, config, launch_mode, bench.machine
+        ).launch_us
+        error = Timing.exact(predicted_us / measured.median - 1)
+        bench.add(suite, case, name, "graph", "prediction error", "ratio", error)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import reference
+from perf.demo.layers import MegakernelLayer, ReferenceLayer, WatchedLayer, count_launches, watch
+from perf.demo.model import MoEWeights
+
+TOP_K = 2
+
+
+@triton.jit
+def add_one(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    x_TH, router_EH = torch.randn(9, 16), torch.randn(6, 16)
+    return x_TH, MoEWeights(router_EH, torch.randn(6, 32, 16) / 4, torch.randn(6, 16, 16) / 4)
+
+
+@pytest.mark.parametrize("launches", [0, 1, 3])
+def test_every_interpreted_launch_is_counted(launches):
+    x = torch.zeros(1)
+    with count_launches(on_gpu=False) as launched:
+        for _ in range(launches):
+            add_one[(1,)](x)
+    assert launched == ["add_one"] * launches
+    assert x.item() == launches
+
+
+def test_a_watched_layer_reports_and_answers_as_the_layer(case):
+    x_TH, weights = case
+    done = []
+    (watched,) = watch([ReferenceLayer(TOP_K)], lambda: done.append(1))
+    y_TH, ids_TK = watched(x_TH, weights)
+    assert torch.equal(y_TH, reference.moe(x_TH, *weights, top_k=TOP_K))
+    assert torch.equal(watched.call()[1], ids_TK)
+    assert watched.launches == 0 and done == [1]
+
+
+def test_reference_layer_forces_ids(case):
+    x_TH, weights = case
+    forced_TK = torch.tensor([[4, 1]]).expand(9, 2)
+    y_TH, ids_TK = ReferenceLayer(TOP_K, forced_TK)(x_TH, weights)
+    assert torch.equal(ids_TK, forced_TK)
+    assert torch.equal(y_TH, reference.moe(x_TH, *weights, top_k=TOP_K, expert_of_TK=forced_TK))
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["gate-free", "replayed"])
+def test_megakernel_layer_is_one_launch_of_the_same_layer(case, forced):
+    x_TH, weights = case
+    forced_TK = torch.tensor([[4, 1]]).expand(9, 2) if forced else None
+    watched = WatchedLayer(MegakernelLayer(TOP_K, 6, forced_TK), lambda: None)
+    y_TH, ids_TK = watched(x_TH, weights)
+    wanted_TH, wanted_TK = ReferenceLayer(TOP_K, forced_TK)(x_TH, weights)
+    assert torch.equal(ids_TK.long(), wanted_TK)
+    torch.testing.assert_close(y_TH, wanted_TH, rtol=1e-5, atol=1e-5)
+    assert watched.launches == 1

@@ -1,0 +1,42 @@
+"""Running suites by name: files, skips, exit status."""
+
+import pytest
+
+from perf.__main__ import main
+from perf.results import record
+from perf.suites.bench import Bench
+from perf.suites.command import SUITES, Suite
+
+NEED_GPU = [name for name, suite in SUITES.items() if suite.needs_gpu]
+
+
+def test_the_suites_are_the_agreed_ones():
+    assert {"forward", "decode", "replay", "skew", "planner", "makespan", "host"} <= set(SUITES)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_suites_for_the_gpu_are_skipped_with_the_reason(without_gpu, tmp_path, capsys):
+    assert main(["run", "--suite", *NEED_GPU, "--quick", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: skipped, its figures need a GPU" in out for name in NEED_GPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_suite_writes_its_rows(without_gpu, tmp_path, capsys):
+    assert main(["run", "--suite", "planner", "--quick", "--out", str(tmp_path)]) == 0
+    rows = record.read([tmp_path / "planner.csv"])
+    assert {row.suite for row in rows} == {"planner"}
+    assert f"planner: {len(rows)} figures" in capsys.readouterr().out
+
+
+def test_a_failure_of_ours_sets_the_exit_status(without_gpu, tmp_path, monkeypatch, capsys):
+    def fails(bench: Bench) -> None:
+        bench.failures.append("case: wrong output")
+
+    monkeypatch.setitem(SUITES, "planner", Suite(fails, "", False))
+    assert main(["run", "--suite", "planner", "--out", str(tmp_path)]) == 1
+    assert "FAILED planner: case: wrong output" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""The suites for the GPU, rehearsed on one tiny case: every path but the device's clock."""
+
+import pytest
+import torch
+
+from perf.measuring.measure import Protocol, Timing
+from perf.problems.cases import FORWARD_TOKENS, TINY, Case
+from perf.problems.providers import OURS, PLAIN, Provider
+from perf.suites.bench import Bench
+from perf.suites.layer import FIRST_TOKENS, add_peer_ratios, sweep, time_providers
+from perf.suites.layer import decode as decode_suite
+from perf.suites.layer import forward as forward_suite
+from perf.suites.layer import replay as replay_suite
+from perf.suites.layer import skew as skew_suite
+
+CASE = Case(TINY, 16, "uniform")
+
+
+def rehearsal(device="cpu"):
+    return Bench(torch.device(device), quick=True, protocol=Protocol(warm_ups=0, rounds=2))
+
+
+@pytest.mark.parametrize("suite", [forward_suite, decode_suite], ids=lambda suite: suite.__name__)
+def test_a_suite_times_everyone_who_is_here(suite):
+    bench = rehearsal()
+    suite(bench)
+    assert not bench.failures
+    timed = {row.provider for row in bench.rows if row.metric == "time"}
+    assert timed >= {provider.name for provider in (*OURS, *PLAIN)}
+    assert any("needs a GPU" in note for note in bench.notes)
+    assert {"rate", "traffic", "time over best peer"} <= {row.metric for row in bench.rows}
+
+
+def test_replay_is_timed_against_ours_alone():
+    bench = rehearsal()
+    replay_suite(bench)
+    assert {row.provider for row in bench.rows} == {provider.name for provider in OURS}
+
+
+def test_skew_relates_every_scenario_to_balanced(monkeypatch):
+    monkeypatch.setattr("perf.suites.layer.ALL_PROVIDERS", PLAIN)
+    bench = rehearsal()
+    skew_suite(bench)
+    ratios = [row for row in bench.rows if row.metric == "time over balanced"]
+    assert {row.case for row in ratios} == {
+        f"tiny/{name}"
+        for name in ("balanced", "uniform", "zipf", "recorded", "synthetic", "one takes all")
+    }
+    assert all(row.median == pytest.approx(1) for row in ratios if row.case == "tiny/balanced")
+    assert any("the trace is of 32 experts" in note for note in bench.notes)
+
+
+def test_no_number_on_red():
+    wrong = Provider("ours live", lambda problem: lambda: problem.x_TH * 2, is_ours=True)
+    bench = rehearsal()
+    time_providers(bench, "forward", CASE, (wrong, *PLAIN))
+    assert "tiny/uniform T=16 ours live: wrong output" in bench.failures[0]
+    assert "ours live" not in {row.provider for row in bench.rows}
+
+
+def test_a_broken_case_is_a_failure_and_not_the_end():
+    def broken(problem):
+        raise RuntimeError("boom")
+
+    bench = rehearsal()
+    assert time_providers(bench, "forward", CASE, (Provider("ours", broken, is_ours=True),)) == {}
+    assert bench.failures == ["tiny/uniform T=16: RuntimeError: boom"]
+
+
+def test_ratios_are_to_the_best_peer_and_only_where_the_gate_is_in():
+    bench = rehearsal()
+    timing_of = {
+        ("eager", "ours live"): Timing.exact(30.0),
+        ("eager", "ours routed"): Timing.exact(20.0),
+        ("eager", "eager loop"): Timing.exact(90.0),
+        ("eager", "grouped_mm"): Timing.exact(60.0),
+    }
+    add_peer_ratios(bench, "forward", CASE, (*OURS, *PLAIN), timing_of)
+    assert [(row.provider, row.median) for row in bench.rows] == [("ours live", 0.5)]
+
+
+def test_the_sizes_that_matter_come_first():
+    assert set(FIRST_TOKENS) < set(FORWARD_TOKENS)
+    assert sweep(rehearsal(), (64, 8), "uniform") == [Case(TINY, 32, "uniform")]
+
+
+@pytest.mark.gpu
+def test_a_suite_on_the_gpu_has_roofs_graphs_and_predictions(device):
+    bench = rehearsal(device)
+    time_providers(bench, "forward", Case(TINY, 64, "uniform"), (*OURS, *PLAIN))
+    bench.add_roofs("forward")
+    assert not bench.failures
+    assert {row.mode for row in bench.rows} == {"graph", "eager"}
+    assert {"prediction error", "of the roofline", "copy"} <= {row.metric for row in bench.rows}

@@ -1,0 +1,69 @@
+"""The times a launch keeps, rehearsed in the interpreter, and fed to the simulator."""
+
+import pytest
+import torch
+
+from megakernel.plan.schedule import NAMES
+from megakernel.tools.timeline import Timeline
+from perf.measuring.measure import Protocol, Timing
+from perf.problems.cases import TINY, Case, make_loads
+from perf.simulator.predict import make_launch, predict
+from perf.suites.bench import Bench
+from perf.suites.timeline import add_replayed_prediction, timed_cases, timeline
+from perf.tune import configured_call
+
+CASE = Case(TINY, 24, "recorded")
+
+
+def rehearsal() -> Bench:
+    return Bench(torch.device("cpu"), quick=True, protocol=Protocol(warm_ups=0, rounds=1))
+
+
+def test_a_rehearsal_times_every_kind_of_task_and_keeps_the_timelines():
+    bench = rehearsal()
+    timeline(bench)
+    assert not bench.failures
+    assert [case.model for case in timed_cases(bench)] == [TINY]
+    for mode, without in (("live", set()), ("replay", {"prefix", "scatter"})):
+        rows = [row for row in bench.rows if row.provider == f"ours {mode}"]
+        wanted = {f"{name} task" for name in NAMES if name not in without} | {"claim", "wait"}
+        assert wanted <= {row.metric for row in rows}
+        assert sum(row.median for row in rows if row.unit == "share") == pytest.approx(1)
+        assert all(row.median > 0.999 for row in rows if row.unit == "readings")
+    assert {row.unit for row in bench.rows} == {"readings", "share"}  # nothing claims to be a time
+    assert {row.mode for row in bench.rows} == {"interpreted"}
+    assert set(bench.timelines) == {"tiny_24_live", "tiny_24_replay"}
+    assert all("interpreted" in saved.unit for saved in bench.timelines.values())
+
+
+def wrong(problem, mode, config):
+    call = configured_call(problem, mode, config)
+    return (lambda: call() + 100.0) if config.record_times else call
+
+
+def broken(problem, mode, config):
+    raise RuntimeError("did not compile")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [(wrong, "live with the clock: "), (broken, "live: RuntimeError: did not compile")],
+    ids=["wrong output", "no kernel"],
+)
+def test_a_timed_launch_that_is_wrong_is_a_failure(monkeypatch, call, message):
+    monkeypatch.setattr("perf.suites.timeline.configured_call", call)
+    bench = rehearsal()
+    timeline(bench)
+    assert message in bench.failures[0] and len(bench.failures) == 2
+    assert not bench.rows and not bench.timelines
+
+
+@pytest.mark.parametrize("mode", ["live", "replay"])
+def test_the_simulator_repeats_a_launch_whose_tasks_cost_alike(mode):
+    """Fed with the tasks of a launch that it made up itself, it finds that launch's time again."""
+    bench, load_E = rehearsal(), make_loads(CASE)
+    made_up: Timeline = predict(TINY, 24, load_E, CASE.default_config, mode)
+    launch = make_launch(TINY, 24, load_E, CASE.default_config, mode)
+    add_replayed_prediction(bench, CASE, mode, made_up, launch, Timing.exact(made_up.launch_us))
+    errors = {row.metric: row.median for row in bench.rows}
+    assert abs(errors["prediction error, measured tasks"]) < 0.05
