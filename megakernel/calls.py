@@ -14,10 +14,11 @@ from megakernel.plan.buffers import (
     RouterTensors,
     Routing,
     Rows,
+    Scratch,
     SharedTensors,
     Slots,
 )
-from megakernel.plan.rules import RouterRule
+from megakernel.plan.rules import ExpertRule, RouterRule
 from megakernel.router import Router
 
 # The tables of a placement, how copies share tokens (see KernelSpec), and the slots it names.
@@ -96,6 +97,48 @@ def given_call(
     )
     rules = RouterRule(), experts.rule, experts.transposed
     return Call(buffers, CallRule("layer", "given", split, *rules, config))
+
+
+def rows_call(
+    x_TH: Tensor,
+    expert_of_TK: Tensor,
+    rows: tuple[Rows, int],
+    experts: Experts,
+    y_CH: Tensor,
+    config: KernelConfig,
+) -> Call:
+    """Collect the FFN of a replay's rows; arguments as in ``stages.ffn_rows``, checked.
+
+    Args:
+        x_TH, experts, config: of the layer.
+        expert_of_TK: ids of the replay.
+        rows: its tables and how many row tiles they fill.
+        y_CH: what the launch writes.
+    """
+    tables, num_tiles = rows
+    buffers = Buffers(
+        x_TH,
+        experts=tensors_of(experts),
+        routing=Routing(expert_of_TK),
+        rows=tables,
+        scratch=Scratch(y_CH=y_CH),
+    )
+    rules = RouterRule(), experts.rule, experts.transposed
+    return Call(buffers, CallRule("rows", "replay", "one", *rules, config), num_tiles)
+
+
+def combine_call(
+    y_CH: Tensor, row_of_TK: Tensor, gate_TK: Tensor, y_TH: Tensor, config: KernelConfig
+) -> Call:
+    """Collect the combine of given rows; arguments as in ``stages.combine_rows``, checked."""
+    buffers = Buffers(
+        routing=Routing(gate_TK=gate_TK),
+        rows=Rows(row_of_TK),
+        scratch=Scratch(y_CH=y_CH),
+        y_TH=y_TH,
+    )
+    rules = RouterRule(), ExpertRule(), False
+    return Call(buffers, CallRule("combine", "replay", "one", *rules, config))
 
 
 def tensors_of(experts: Experts) -> ExpertTensors:

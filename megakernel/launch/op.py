@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.run import launch
-from megakernel.plan.buffers import Buffers
+from megakernel.plan.buffers import flatten, unflatten
+from megakernel.plan.forward import outputs_of
 
 
 @torch.library.custom_op("megakernel::launch", mutates_args=("outputs",))
@@ -34,48 +35,12 @@ def _(*args: object) -> None:
 def launch_op(call: Call) -> None:
     """Call :func:`megakernel.launch.run.launch` through the registered op."""
     tensors = flatten(call.buffers)
-    written = outputs_of(call.rule)
+    written = outputs_of(call.rule.stages, call.rule.route)
     outputs = {name: tensor for name, tensor in tensors.items() if name in written}
     inputs = {name: tensor for name, tensor in tensors.items() if name not in written}
     integers = [call.num_tiles, call.capacity, call.seed]
     text = encode((*inputs, *outputs), call.rule)
     _launch([*inputs.values()], [*outputs.values()], integers, text)
-
-
-def outputs_of(rule: CallRule) -> set[str]:
-    """Return the names of the tensors that a call writes, where it has them."""
-    written = {"y_TH", "routing.logits_TE", "routing.load_E"}
-    if rule.route != "given":
-        written.add("routing.gate_TK")
-    if rule.route == "live":
-        written.add("routing.expert_of_TK")
-    return written
-
-
-def flatten(record: tuple, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested named tuples by dotted name, absent ones left out."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
-        if isinstance(value, tuple):
-            tensors |= flatten(value, f"{prefix}{name}.")
-        elif value is not None:
-            tensors[prefix + name] = value
-    return tensors
-
-
-def unflatten(tensors: dict[str, Tensor]) -> Buffers:
-    """Invert :func:`flatten`."""
-
-    def fill(record: Any, prefix: str) -> Any:
-        values = {
-            name: fill(value, f"{prefix}{name}.")
-            if isinstance(value, tuple)
-            else tensors.get(prefix + name)
-            for name, value in record._asdict().items()
-        }
-        return record._replace(**values)
-
-    return fill(Buffers(), "")
 
 
 @torch.compiler.assume_constant_result

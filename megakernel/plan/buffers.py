@@ -125,3 +125,29 @@ class Sizes(NamedTuple):
     num_tiles: int  # row tiles, those of the shared expert among them
     capacity: int = 0
     seed: int = 0
+
+
+def flatten(record: tuple, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested named tuples by dotted name, absent ones left out."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
+        if isinstance(value, tuple):
+            tensors |= flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            tensors[prefix + name] = value
+    return tensors
+
+
+def unflatten(tensors: dict[str, Tensor]) -> Buffers:
+    """Invert :func:`flatten`."""
+
+    def fill(record: Any, prefix: str) -> Any:
+        values = {
+            name: fill(value, f"{prefix}{name}.")
+            if isinstance(value, tuple)
+            else tensors.get(prefix + name)
+            for name, value in record._asdict().items()
+        }
+        return record._replace(**values)
+
+    return fill(Buffers(), "")

@@ -39,3 +39,17 @@ def held_kinds(segments: tuple[int, ...]) -> frozenset[int]:
     if Protocol.SHARED_FFN1 in held:
         held.add(Protocol.SHARED_FFN2)
     return frozenset(held - {Protocol.TAIL})
+
+
+def outputs_of(stages: str, route: str) -> set[str]:
+    """Return the dotted names of the arguments that a launch writes, where it has them."""
+    if stages == "rows":
+        return {"scratch.y_CH"}
+    written = {"y_TH"}
+    if stages == "layer":
+        written |= {"routing.logits_TE", "routing.load_E"}
+        if route != "given":
+            written.add("routing.gate_TK")
+        if route == "live":
+            written.add("routing.expert_of_TK")
+    return written
