@@ -147,12 +147,15 @@ def test_a_slot_of_another_expert_is_skipped_and_reported(cuda: torch.device) ->
 
 STALLS = {
     # Side by side, whoever waits for a task that waits for it may be heard first.
-    "gate": (
-        KernelSpec.GATE_DONE,
-        r"prefix.*gate tasks|prefix tasks|scatter tasks",
+    "route": (
+        KernelSpec.ROUTE_DONE,
+        r"prefix.*route tasks|prefix tasks|scatter tasks",
     ),
     "scatter": (KernelSpec.SCATTER_DONE, r"row tables\).*scatter tasks"),
-    "column group": (KernelSpec.FIRST_GROUP, r"combine, .*column group 0.*FFN2 of column group 0"),
+    "column group": (
+        KernelSpec.FIRST_COLUMN_GROUP,
+        r"combine, .*column group 0.*FFN2 of column group 0",
+    ),
 }
 
 
