@@ -5,6 +5,7 @@ Triton's interpreter otherwise. That has to be chosen before anything imports Tr
 one or the other; tests of balance and reference import it at no time.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -79,6 +80,13 @@ def cuda(device: torch.device) -> torch.device:
 def seeded() -> None:
     """Give every test the same random numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter() -> None:
+    """Spare Triton's interpreter what it does again and again, as soon as anything imports it."""
+    if "triton.runtime.interpreter" in sys.modules:
+        importlib.import_module("tests.helpers.interpreter").make_fast()
 
 
 @pytest.fixture(autouse=True)
