@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Measured:
         return f"{place(self.path, self.node)} {self.node.name}"
 
 
+@cache
 def measure(path: Path) -> list[Measured]:
     """Return a module's functions, methods and inner ones included."""
     return [
@@ -116,6 +118,7 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
             yield node
 
 
+@cache
 def broken_limits(folder: str) -> dict[str, set[str]]:
     """Return what passes each limit in a folder, as ``place name: value``."""
     functions = [one for path in modules_of(folder) for one in measure(path)]
