@@ -6,7 +6,7 @@ SOURCES := balance megakernel perf reference tests
 # Both cores test; whoever has none left takes over half of what the other has left. With more
 # cores: make test WORKERS=8.
 WORKERS ?= 2
-PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal --benchmark-disable
+PARALLEL := --numprocesses $(WORKERS) --dist worksteal --benchmark-disable
 # mypy runs while the tests do, and its failure is theirs.
 TYPES := -p tests.helpers.beside --beside mypy
 EXTRAS := perf,test
@@ -35,16 +35,16 @@ demo: $(VENV)/ready
 	$(RUN) -m perf demo
 
 test: lint
-	$(RUN) $(PYTEST) $(TYPES) -m "not gpu and not slow"
+	$(RUN) -m pytest $(PARALLEL) $(TYPES) -m "not gpu and not slow"
 
 test-all: lint
-	$(RUN) $(PYTEST) $(TYPES)
+	$(RUN) -m pytest $(PARALLEL) $(TYPES)
 
 test-newest: .venv-newest/ready
-	.venv-newest/bin/python $(PYTEST) -m "not gpu and not slow"
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not gpu and not slow"
 
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python $(PYTEST) -m "not gpu and not slow" tests/megakernel
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not gpu and not slow" tests/megakernel
 
 check: lint
 	$(RUN) -m mypy

@@ -7,8 +7,10 @@ one or the other; tests of balance and reference import it at no time.
 
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 
 import pytest
 import torch
@@ -39,6 +41,25 @@ def pytest_configure(config: pytest.Config) -> None:
     selects_gpu = "gpu" in selected and "not gpu" not in selected
     if not (selects_gpu and torch.cuda.is_available()):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+SHOWN = ("torch", "triton", "numpy", "transformers", "hypothesis")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which versions run, once, also under ``-q``, which hides pytest's own header."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):
+        versions = ", ".join(f"{name} {version_of(name)}" for name in SHOWN)
+        reporter.write_line(f"Python {platform.python_version()}, {versions}")
+
+
+def version_of(distribution: str) -> str:
+    """Return an installed version without importing it, or what is missing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def why_no_gpu() -> str | None:
