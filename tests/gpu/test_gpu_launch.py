@@ -19,7 +19,8 @@ from megakernel import MegakernelStall, Placement, moe, moe_routed, prepare_repl
 from megakernel.launch.workspace import workspace_for
 from megakernel.plan.spec import KernelSpec
 from tests.helpers.cases import SHAPES
-from tests.helpers.inputs import SMALL, Inputs, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, Inputs, make_inputs, run
 
 # The warnings of torch's own machinery are not ours to fix.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -10,7 +10,8 @@ from megakernel.config import ROWS16
 from megakernel.launch.workspace import workspace_for
 from megakernel.tools.timeline import read_timeline
 from tests.gpu.layers import make_layer
-from tests.helpers.inputs import assert_same_bits, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import run
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,8 @@ from megakernel.config import INTERPRETER, ROWS64
 from megakernel.launch.workspace import workspace_for
 from megakernel.replay import stable_rank
 from tests.helpers.cases import SHAPES
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, make_inputs, run
 
 NUM_EXPERTS = 5
 

@@ -12,7 +12,8 @@ from megakernel.plan.protocol import NAMES
 from megakernel.plan.spec import KernelSpec
 from megakernel.tools.timeline import read_timeline
 from tests.helpers.cases import CASES
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, make_inputs, run
 
 CPU = torch.device("cpu")
 TIMED = replace(SMALL, record_times=True, num_workers=3)
