@@ -1,17 +1,29 @@
 """What a layer must at least do, and what the machine can at most do."""
 
 from dataclasses import dataclass
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
 
-from megakernel.tools.models import ModelShape
 from perf.measuring.measure import Protocol, Timing, time_graphs
 
 DENSE_SIZE = 8192
 COPY_BYTES = 4 << 30
 L2_READ_BYTES = 32 << 20
 L2_READS = 64
+
+
+class ExpertWidths(Interface):
+    """H and I of a layer's experts, as every description of a model names them."""
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+
+    @property
+    def intermediate(self) -> int:
+        """I."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Work:
         return self.flops / self.bytes
 
 
-def useful_work(model: ModelShape, num_tokens: int, load_E: np.ndarray) -> Work:
+def useful_work(model: ExpertWidths, num_tokens: int, load_E: np.ndarray) -> Work:
     """Count a call's work.
 
     flops = 6·A·H·I with A = T·K the served assignments: gate, up and down product of each. The

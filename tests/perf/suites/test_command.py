@@ -5,7 +5,7 @@ import pytest
 from perf.__main__ import main
 from perf.results import record
 from perf.suites.bench import Bench
-from perf.suites.command import SUITES, Suite
+from perf.suites.table import SUITES, Suite
 
 NEED_GPU = [name for name, suite in SUITES.items() if suite.needs_gpu]
 

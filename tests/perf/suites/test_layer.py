@@ -67,11 +67,11 @@ def test_a_broken_case_is_a_failure_and_not_the_end():
     assert bench.failures == ["tiny/uniform T=16: RuntimeError: boom"]
 
 
-def test_ratios_are_to_the_best_peer_and_only_where_the_gate_is_in():
+def test_ratios_are_to_the_best_peer_and_only_where_the_router_is_in():
     bench = rehearsal()
     timing_of = {
         ("eager", "ours live"): Timing.exact(30.0),
-        ("eager", "ours routed"): Timing.exact(20.0),
+        ("eager", "ours given"): Timing.exact(20.0),
         ("eager", "eager loop"): Timing.exact(90.0),
         ("eager", "grouped_mm"): Timing.exact(60.0),
     }
