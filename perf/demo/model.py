@@ -22,7 +22,12 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; every layer has the same."""
+    """Sizes of the model; every layer has the same.
+
+    Attributes:
+        num_layers, hidden, num_experts, top_k, intermediate: L, H, E, K and I.
+        num_heads: of the attention.
+    """
 
     num_layers: int = 3
     hidden: int = 80

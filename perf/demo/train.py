@@ -27,7 +27,16 @@ HELD_OUT_WINDOWS = 64
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the committed weights were made."""
+    """How the committed weights were made.
+
+    Attributes:
+        steps: of the optimizer.
+        sequences, length: of a batch; the length in bytes.
+        learning_rate, warmup_steps: the highest, and the steps until it is reached.
+        weight_decay: of matrices.
+        balance_coefficient: of the load-balancing loss.
+        seed: of weights and windows.
+    """
 
     steps: int = 2400
     sequences: int = 16

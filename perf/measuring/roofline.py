@@ -1,7 +1,7 @@
 """What a layer must at least do, and what the machine can at most do."""
 
+import typing
 from dataclasses import dataclass
-from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ L2_READ_BYTES = 32 << 20
 L2_READS = 64
 
 
-class ExpertWidths(Interface):
+class ExpertWidths(typing.Protocol):
     """H and I of a layer's experts, as every description of a model names them."""
 
     @property
@@ -28,7 +28,12 @@ class ExpertWidths(Interface):
 
 @dataclass(frozen=True)
 class Work:
-    """Useful work of one call: nothing padded, nothing read twice."""
+    """Useful work of one call: nothing padded, nothing read twice.
+
+    Attributes:
+        flops: of the expert FFN.
+        bytes: from and to memory.
+    """
 
     flops: float
     bytes: float
@@ -53,9 +58,13 @@ def useful_work(model: ExpertWidths, num_tokens: int, load_E: np.ndarray) -> Wor
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the machine can do at most: a dense bfloat16 product, a copy, reads from L2.
+    """What the machine can do at most.
 
-    ``source`` says where the figures come from; "measured" only if they were, in this run.
+    Attributes:
+        dense_flops_per_s: of a dense bfloat16 product.
+        copy_bytes_per_s: of a copy, bytes read and written both counted.
+        l2_bytes_per_s: of reads from L2.
+        source: where the figures come from; "measured" only if they were, in this run.
     """
 
     dense_flops_per_s: float

@@ -50,7 +50,13 @@ def why_wrong(y_TH: Tensor, problem: Problem, truth_TH: Tensor, eager_error: flo
 
 @dataclass(frozen=True)
 class Ready:
-    """Providers that are checked and may be timed, and why the others are not."""
+    """Providers that are checked and may be timed, and why the others are not.
+
+    Attributes:
+        calls: of those that agree, by name.
+        skipped: reason of each peer that is not here, breaks or is wrong.
+        failed: reason of each of ours that is wrong.
+    """
 
     calls: dict[str, Call]
     skipped: dict[str, str]
@@ -75,17 +81,25 @@ def prepare(
         if reason := provider.why_missing(problem.x_TH.device):
             ready.skipped[provider.name] = reason
             continue
-        try:
-            call = provider.prepare(problem)
-            reason = why_wrong(call(), problem, truth_TH, eager_error)
-        except Exception as error:  # whatever other people's packages raise
-            if provider.is_ours:
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if reason is None:
-            ready.calls[provider.name] = call
+        answer = _prepare_one(provider, problem, truth_TH, eager_error)
+        if not isinstance(answer, str):
+            ready.calls[provider.name] = answer
         elif provider.is_ours:
-            ready.failed[provider.name] = reason
+            ready.failed[provider.name] = answer
         else:
-            ready.skipped[provider.name] = reason
+            ready.skipped[provider.name] = answer
     return ready
+
+
+def _prepare_one(
+    provider: Provider, problem: Problem, truth_TH: Tensor, eager_error: float
+) -> Call | str:
+    """Return the checked call, or why it must not be timed; an error of ours is raised."""
+    try:
+        call = provider.prepare(problem)
+        reason = why_wrong(call(), problem, truth_TH, eager_error)
+    except Exception as error:  # whatever other people's packages raise
+        if provider.is_ours:
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return reason or call

@@ -245,7 +245,11 @@ class RooflineCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean microseconds of each kind of task, as measured."""
+    """Mean of each kind of task, as measured.
+
+    Attributes:
+        us_of_kind: microseconds by the name of the kind.
+    """
 
     us_of_kind: Mapping[str, float]
 

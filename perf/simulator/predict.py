@@ -52,7 +52,13 @@ SHOWN_FIELDS = (*TILE_FIELDS, *ORDERS, "num_workers")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """What is launched: the task list and what its tiles hold."""
+    """What is launched.
+
+    Attributes:
+        schedule: the task list.
+        tiles: what its row tiles hold.
+        num_workers: programs that claim its tasks.
+    """
 
     schedule: Schedule
     tiles: Tiles
@@ -159,12 +165,11 @@ def search_configs(
     best = start
     with progress_bar(desc="simulating", unit=" configs") as progress:
         while True:
-            for config in [best, *neighbours(best)]:
-                if config not in predicted_us:
-                    predicted_us[config] = predict(
-                        model, num_tokens, load_E, config, route, machine
-                    ).launch_us
-                    progress.update()
+            around = dict.fromkeys([best, *neighbours(best)])
+            for config in [one for one in around if one not in predicted_us]:
+                found = predict(model, num_tokens, load_E, config, route, machine)
+                predicted_us[config] = found.launch_us
+                progress.update()
             fastest = min(predicted_us, key=lambda config: predicted_us[config])
             if predicted_us[fastest] > LEAST_GAIN * predicted_us[best]:
                 break

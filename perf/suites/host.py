@@ -154,7 +154,7 @@ def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]
         "0 narrow tiles, one worker per SM": (narrow, "live", (), 1),
         "1 two workers per SM": (two_workers, "live", (), 1),
         "2 combine loads all choices at once": (two_workers, "live", (), None),
-        "3 the shipped tiles and gate": (one_group, "live", (), None),
+        "3 the shipped tiles and router": (one_group, "live", (), None),
         "4 the shipped column groups": (shipped, "live", (), None),
         "5 replay": (shipped, "replay", (), None),
         "6 tail tiles of fitting height": (shipped, "replay", short, None),
