@@ -75,7 +75,7 @@ def add_exact(
 
 
 def recordings(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trace]]:
-    """Yield a model and its routing: synthetic, and that of the bench's recording."""
+    """Yield a model, a scenario and its routing: made up, and that of the bench's recording."""
     model = MODELS["Qwen3-30B-A3B"]
     config = SyntheticConfig(
         num_experts=model.num_experts,
@@ -86,19 +86,27 @@ def recordings(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trac
         num_ranks=NUM_RANKS,
     )
     yield model, "synthetic", make_trace(config)
-    if bench.quick:
-        return
+    if not bench.quick:
+        yield from played(bench, suite)
+
+
+def played(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trace]]:
+    """Yield the bench's recording with the first model of its sizes; note if none has them."""
     recorded = read_trace(bench.trace)
-    sizes = sizes_of(recorded)
-    shapes = (one for one in SHAPES.values() if (one.num_experts, one.top_k) == sizes)
-    if (shape := next(shapes, None)) is None:
-        bench.notes.append(f"{bench.trace.name}: skipped, no model has {sizes[0]} experts, "
-                           f"top-{sizes[1]}")  # fmt: skip
+    num_experts, top_k = sizes_of(recorded)
+    shape_of = {(shape.num_experts, shape.top_k): shape for shape in reversed(SHAPES.values())}
+    if (num_experts, top_k) not in shape_of:
+        bench.notes.append(
+            f"{bench.trace.name}: skipped, no model has {num_experts} experts, top-{top_k}"
+        )
         return
-    tokens = TOKENS_OF_SUITE[suite]
-    trace = recorded if isinstance(recorded, Trace) else recorded.pack(NUM_RANKS, tokens)
+    if isinstance(recorded, Trace):
+        trace = recorded
+    else:
+        trace = recorded.pack(NUM_RANKS, TOKENS_OF_SUITE[suite])
     trace = trace.with_source_ranks(trace.source_rank_T % NUM_RANKS)
-    yield shape, "trace", first_layer(trace) if suite == "makespan" else trace
+    chosen = first_layer(trace) if suite == "makespan" else trace
+    yield shape_of[num_experts, top_k], "trace", chosen
 
 
 def first_layer(trace: Trace) -> Trace:
