@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the largest changes; 1 when something of ours got worse, 2 when there is nothing to compare."""
+    """Print the largest changes; 1 when ours got worse, 2 when there is nothing to compare."""
     try:
         found = compare(
             record.read([arguments.before]), record.read([arguments.after]), arguments.fail
