@@ -119,8 +119,8 @@ class RooflineCosts:
         if task.kind == spec.FFN2:
             return self._ffn2(task)
         if task.kind == spec.COMBINE:
-            return self._combine()
-        return Demand(0.0, (self._gate, self._prefix, self._scatter)[task.kind]())
+            return self.combine()
+        return Demand(0.0, (self.gate_us, self._prefix, self._scatter)[task.kind]())
 
     def _ffn1(self, task: Task) -> Demand:
         spec = self.spec
@@ -131,12 +131,12 @@ class RooflineCosts:
         # Tokens recur in the tiles of their other experts; all of them often fit the cache.
         if self.num_tokens * spec.hidden * ELEMENT_BYTES < self.machine.cache_bytes:
             token_bytes //= spec.top_k
-        missed = self._read(("up", expert, task.block), weight_bytes)
-        missed += self._read(("x", task.tile), token_bytes)
+        missed = self.read(("up", expert, task.block), weight_bytes)
+        missed += self.read(("x", task.tile), token_bytes)
         written = rows * spec.block_i * ELEMENT_BYTES
-        self._write(("h", task.tile), written)
+        self.write(("h", task.tile), written)
         busy = min(self.num_workers, len(self.tiles.rows_of_tile) * spec.i_blocks)
-        return self._gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
+        return self.gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
 
     def _ffn2(self, task: Task) -> Demand:
         spec = self.spec
@@ -145,15 +145,15 @@ class RooflineCosts:
         rows = int(self.tiles.rows_of_tile[task.tile])
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = spec.block_h * spec.intermediate * ELEMENT_BYTES
-        missed = self._read(("down", expert, task.block), weight_bytes)
-        missed += self._read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
+        missed = self.read(("down", expert, task.block), weight_bytes)
+        missed += self.read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
         written = rows * spec.block_h * ELEMENT_BYTES
         self._traffic += written
         tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_groups
         busy = min(self.num_workers, tasks)
-        return self._gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
+        return self.gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
 
-    def _gemm(
+    def gemm(
         self, rows: int, columns: int, depth: int, missed: float, written: float, busy: int
     ) -> Demand:
         """One tile product: fill, steps at the slowest rate, store."""
@@ -169,7 +169,8 @@ class RooflineCosts:
             machine.latency_us + self._read_us(written, busy), steps_us, missed + written
         )
 
-    def _combine(self) -> Demand:
+    def combine(self) -> Demand:
+        """One token tile: rows of all choices read from L2 as far as they fit, one row written."""
         spec, machine = self.spec, self.machine
         width_bytes = spec.group_blocks * spec.block_h * ELEMENT_BYTES
         hit = min(1.0, machine.cache_bytes / (self.num_tokens * spec.top_k * width_bytes))
@@ -182,7 +183,8 @@ class RooflineCosts:
         moved = (1 - hit) * read + spec.combine_tokens * width_bytes
         return Demand(0.0, max(self._read_us(read, busy), latency_us), moved)
 
-    def _gate(self) -> float:
+    def gate_us(self) -> float:
+        """Time of one token tile's routing, by the scans and products that its route needs."""
         spec, machine = self.spec, self.machine
         chunks = spec.block_tokens // spec.select_tokens
         scans = 2 * spec.top_k  # counting the choices, ranking them
@@ -227,7 +229,7 @@ class RooflineCosts:
         port = machine.sm_bytes_per_s / max(1.0, busy / machine.num_sms)
         return 1e6 * amount / min(machine.roofs.l2_bytes_per_s / max(busy, 1), port)
 
-    def _read(self, key: tuple, size: float) -> float:
+    def read(self, key: tuple, size: float) -> float:
         """Return the bytes that come from memory, and remember the use."""
         since = self._traffic - self._last_use.get(key, -np.inf)
         missed = size if since > self.machine.cache_bytes else 0.0
@@ -235,14 +237,19 @@ class RooflineCosts:
         self._last_use[key] = self._traffic
         return missed
 
-    def _write(self, key: tuple, size: float) -> None:
+    def write(self, key: tuple, size: float) -> None:
+        """Remember what a task wrote, which is in L2 from then on."""
         self._traffic += size
         self._last_use[key] = self._traffic
 
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean microseconds of each kind of task, as measured."""
+    """Mean of each kind of task, as measured.
+
+    Attributes:
+        us_of_kind: microseconds by the name of the kind.
+    """
 
     us_of_kind: Mapping[str, float]
 

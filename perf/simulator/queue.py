@@ -76,6 +76,7 @@ class Play:
         return 1e-6 * min(shared, self.machine.sm_bytes_per_s)
 
     def plan(self, time: float, event: Callable[[], None]) -> None:
+        """Let an event happen at a time, after those already planned for it."""
         heapq.heappush(self.events, (time, next(self.order), event))
 
     def claim(self, worker: int) -> None:
@@ -119,6 +120,7 @@ class Play:
         self.plan(self.now + self.demands[n].fixed_us, lambda: self.work(n))
 
     def work(self, n: int) -> None:
+        """Let a task's steps and its bytes begin."""
         demand = self.demands[n]
         self.parts_left[n] = 1
         if demand.moved_bytes > 0:
@@ -127,6 +129,7 @@ class Play:
         self.plan(self.now + demand.steps_us, lambda: self.finish_part(n))
 
     def finish_part(self, n: int) -> None:
+        """Note that steps or bytes are done; the last of them lets the task signal."""
         self.parts_left[n] -= 1
         if self.parts_left[n]:
             return

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from megakernel.tools.timeline import Timeline
-from perf.problems.cases import TINY, Case
-from perf.results.timelines import Saved, covered, draw_predicted, draw_saved, load, save
+from perf.results.timelines import Saved, covered, draw_saved, load, save
 
 TIMES = Timeline(
     launch_us=9.0,
@@ -48,13 +47,6 @@ def test_every_saved_timeline_of_a_folder_is_drawn(tmp_path):
     written = draw_saved([tmp_path], tmp_path / "out")
     assert [path.name for path in written] == ["timeline_a.png", "timeline_b.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-
-
-def test_predicted_timelines_are_named_so(tmp_path):
-    written = draw_predicted(Case(TINY, 20, "recorded"), tmp_path)
-    assert [path.stem for path in written] == [
-        "timeline_live_predicted", "timeline_replay_predicted",
-    ]  # fmt: skip
 
 
 def test_covered_counts_spans_at_once():

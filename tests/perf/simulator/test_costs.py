@@ -14,11 +14,11 @@ from perf.simulator.predict import make_launch
 QWEN = SHAPES["Qwen3-30B-A3B"]
 
 
-def costs_of(model=QWEN, load_E=None, mode="live", **changes):
+def costs_of(model=QWEN, load_E=None, route="live", **changes):
     load_E = np.full(model.num_experts, 64) if load_E is None else load_E
     num_tokens = -(-int(load_E.sum()) // model.top_k)
     config = replace(KernelConfig(), **changes)
-    launch = make_launch(model, num_tokens, load_E, config, mode)
+    launch = make_launch(model, num_tokens, load_E, config, route)
     spec = launch.schedule.spec
     return launch, RooflineCosts(spec, num_tokens, launch.tiles, launch.num_workers)
 
@@ -50,10 +50,10 @@ def test_weights_come_from_memory_once_while_they_stay_cached():
 
 def test_weights_come_from_memory_again_after_a_cache_full_of_others():
     _, costs = costs_of()
-    costs._read(("up", 0, 0), 1.0)
-    costs._write(("h", 0), H200.cache_bytes + 1)
-    assert costs._read(("up", 0, 0), 1.0) == 1.0
-    assert costs._read(("up", 0, 0), 1.0) == 0.0
+    costs.read(("up", 0, 0), 1.0)
+    costs.write(("h", 0), H200.cache_bytes + 1)
+    assert costs.read(("up", 0, 0), 1.0) == 1.0
+    assert costs.read(("up", 0, 0), 1.0) == 0.0
 
 
 def test_a_tile_of_fitting_height_costs_its_own_product():
@@ -62,7 +62,7 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
     roofs = replace(H200.roofs, l2_bytes_per_s=1e15)
     machine = replace(H200, roofs=roofs, latency_us=0.0, sm_bytes_per_s=1e15)
     tall, fitting = (
-        replace(costs, machine=machine, heights=heights)._gemm(64, 256, 2048, 0, 0, 132).steps_us
+        replace(costs, machine=machine, heights=heights).gemm(64, 256, 2048, 0, 0, 132).steps_us
         for heights in ((128,), (16, 32, 64, 128))
     )
     assert fitting == pytest.approx(tall / 2)
@@ -71,8 +71,8 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
 def test_loading_all_choices_at_once_makes_a_combine_shorter():
     _, costs = costs_of()
     one_by_one = replace(costs, choices_in_flight=1)
-    assert one_by_one._combine().steps_us == 4 * 8 * 2 * H200.latency_us
-    assert costs._combine().steps_us < one_by_one._combine().steps_us / 4
+    assert one_by_one.combine().steps_us == 4 * 8 * 2 * H200.latency_us
+    assert costs.combine().steps_us < one_by_one.combine().steps_us / 4
 
 
 @pytest.mark.parametrize(
@@ -83,17 +83,17 @@ def test_loading_all_choices_at_once_makes_a_combine_shorter():
 def test_a_combine_loads_as_many_choices_at_once_as_the_kernel(top_k, rounds):
     model = replace(QWEN, top_k=top_k)
     _, costs = costs_of(model, np.full(128, 1))  # so few tokens that only latency counts
-    assert costs._combine().steps_us == pytest.approx(4 * rounds * 2 * H200.latency_us)
+    assert costs.combine().steps_us == pytest.approx(4 * rounds * 2 * H200.latency_us)
 
 
 def test_more_stages_hide_more_of_the_gates_latency():
     (_, two), (_, three) = (costs_of(num_stages=stages) for stages in (2, 3))
-    assert three._gate() < two._gate()
+    assert three.gate_us() < two.gate_us()
 
 
 def test_a_replayed_gate_selects_nothing_and_costs_less():
-    (_, live), (_, replay), (_, routed) = (costs_of(mode=m) for m in ("live", "replay", "routed"))
-    assert live._gate() > replay._gate() > routed._gate()
+    (_, live), (_, replay), (_, given) = (costs_of(route=r) for r in ("live", "replay", "given"))
+    assert live.gate_us() > replay.gate_us() > given.gate_us()
 
 
 def test_measured_costs_are_looked_up_by_kind():
