@@ -31,12 +31,7 @@ MAX_ROWS = 2**31 - 1
 def check_call(x_TH: Tensor, experts: Experts) -> None:
     """Check what both entry points share."""
     check_tensor("x_TH", x_TH, 2)
-    if x_TH.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "x_TH must be on a GPU, got cpu: set TRITON_INTERPRET=1 before importing megakernel "
-            "to run the kernel in Triton's interpreter, or use reference.moe, the slow "
-            "plain-PyTorch alternative"
-        )
+    check_runnable("x_TH", x_TH)
     if x_TH.shape[1] != experts.down_EHI.shape[1]:
         raise ValueError(
             f"x_TH must have the experts' width H={experts.down_EHI.shape[1]}, got {x_TH.shape[1]}"
@@ -52,6 +47,16 @@ def check_call(x_TH: Tensor, experts: Experts) -> None:
             tensor = getattr(experts.shared, field.name)
             if tensor is not None:
                 check_no_grad(field.name, tensor)
+
+
+def check_runnable(name: str, tensor: Tensor) -> None:
+    """Raise unless kernels run where the tensor is."""
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"{name} must be on a GPU, got cpu: set TRITON_INTERPRET=1 before importing "
+            "megakernel to run the kernel in Triton's interpreter, or use reference.moe, the slow "
+            "plain-PyTorch alternative"
+        )
 
 
 def check_placement(

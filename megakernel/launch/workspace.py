@@ -16,6 +16,7 @@ from megakernel.plan.spec import KernelSpec
 ALIGNMENT_BYTES = 256
 NOT_WARM = "call the layer once with the same shapes before capturing it in a CUDA graph"
 
+
 def place(shapes: dict[str, tuple[Shape, torch.dtype]]) -> tuple[dict[str, int], int]:
     """Return each tensor's byte offset and the bytes they take together."""
     offsets, end = {}, 0

@@ -39,11 +39,15 @@ class Machine:
         spec: shapes and tiles.
         schedule: the list as it is known at the start; where the launch makes its rows, with the
             most row tiles that there can be.
+        tables_from: first id that needs row tables which the launch makes.
+        table_wait: (counter, least value) that says they are there.
         memory: every buffer.
         signals: value of each counter.
         awaited: of each counter that a task has waited for, the value it waited for.
         came_before: for each counter, bit n says that task n precedes its signals or gave one.
         finished: ids of the tasks that ran, in the order in which they did.
+        made: the list with the row tiles that the launch made, once a worker knows them.
+        asked: waits of each task that has been looked at.
     """
 
     def __init__(
@@ -68,12 +72,16 @@ class Machine:
         """
         self.spec = spec
         self.schedule = Schedule(spec, num_tokens, num_tiles)
+        self.tables_from = self.schedule.first_table_task
+        self.table_wait = plain.table_wait_of(self.schedule.size, spec)
         size = Sizes(num_tokens, num_tiles, capacity, seed)
         self.memory = Memory(arguments, self.schedule, size, wide)
         self.signals: Counter[int] = Counter()
         self.awaited: dict[int, int] = {}
         self.came_before: Counter[int] = Counter()
         self.finished: list[int] = []
+        self.made: Schedule | None = None
+        self.asked: dict[int, list[tuple[int, int]]] = {}
 
     def run(self, num_workers: int = 1, random: Random | None = None) -> Buffers:
         """Run the whole list and return every buffer.
@@ -89,10 +97,10 @@ class Machine:
         claims = count()
         held = [next(claims) for _ in range(num_workers)]
         while held:
-            ready = [worker for worker, task_id in enumerate(held) if self.is_ready(task_id)]
-            if not ready:
+            turns = random.sample(range(len(held)), len(held)) if random else range(len(held))
+            worker = next((turn for turn in turns if self.is_ready(held[turn])), None)
+            if worker is None:
                 raise RuntimeError("; ".join(map(self.describe_wait, held)))
-            worker = random.choice(ready) if random else ready[0]
             if self.step(held[worker]):
                 held[worker] = next(claims)
             else:
@@ -107,22 +115,30 @@ class Machine:
         From the first task that needs the row tables on, a launch that makes them knows how many
         row tiles they have.
         """
-        if task_id < self.schedule.first_table_task or not self.spec.makes_rows:
+        if task_id < self.tables_from or not self.spec.makes_rows:
             return self.schedule
-        counter, least = plain.table_wait_of(self.schedule.size, self.spec)
+        counter, least = self.table_wait
         if self.signals[counter] < least:
             return None
-        self.memory.begin(task_id, self.came_before[counter])
-        num_tiles = int(self.memory.read("scratch.num_tiles_1"))
-        return Schedule(self.spec, self.schedule.num_tokens, num_tiles)
+        if self.made is None:
+            self.memory.begin(task_id, self.came_before[counter])
+            num_tiles = int(self.memory.read("scratch.num_tiles_1"))
+            self.made = Schedule(self.spec, self.schedule.num_tokens, num_tiles)
+        return self.made
+
+    def waits(self, task_id: int, known: Schedule) -> list[tuple[int, int]]:
+        """Return the waits of a task in the list as its worker knows it; none past the end."""
+        if task_id not in self.asked:
+            inside = task_id < known.num_tasks
+            self.asked[task_id] = known.waits(task_id) if inside else []
+        return self.asked[task_id]
 
     def is_ready(self, task_id: int) -> bool:
         """Whether all counters that a task waits for have come far enough."""
         known = self.known_list(task_id)
         if known is None:
             return False
-        waits = known.waits(task_id) if task_id < known.num_tasks else []
-        return all(self.signals[counter] >= least for counter, least in waits)
+        return all(self.signals[at] >= least for at, least in self.waits(task_id, known))
 
     def step(self, task_id: int) -> bool:
         """Run a task that is ready; return whether it is in the list."""
@@ -131,7 +147,7 @@ class Machine:
         if task_id >= known.num_tasks:
             return False
         seen = 0
-        for counter, least in known.waits(task_id):
+        for counter, least in self.waits(task_id, known):
             self._check_signals(counter, least)
             self.awaited[counter] = least
             seen |= self.came_before[counter]
@@ -160,6 +176,6 @@ class Machine:
             return f"task {task_id} waits for the row tables"
         asked = [
             f"{known.describe_counter(counter)} to reach {least}, which is {self.signals[counter]}"
-            for counter, least in known.waits(task_id)
+            for counter, least in self.waits(task_id, known)
         ]
         return f"{known.describe_task(task_id)} waits for {', '.join(asked)}"

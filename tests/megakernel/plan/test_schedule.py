@@ -1,72 +1,63 @@
-"""The task list: topological, complete, the same in Python, in the runner and in the kernel."""
+"""The task list: topological, complete, and the same in Python and in the kernel."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
-from hypothesis import given
+import triton
+import triton.language as tl
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.device.kernel import Routing
-from megakernel.launch.run import NO_SLOTS, Layer, make_spec
-from megakernel.launch.workspace import workspace_for
-from megakernel.plan.rules import GateRule
+from megakernel.plan.buffers import Sizes
+from megakernel.plan.forward import SEGMENTS
+from megakernel.plan.order import (
+    count_tasks,
+    first_table_task,
+    signal_of,
+    table_wait_of,
+    task_of,
+    wait_of,
+)
 from megakernel.plan.schedule import Schedule, bound_tiles
-from megakernel.plan.spec import KernelSpec
-from tests.helpers.cases import SHAPES, name_of
-from tests.helpers.compare import assert_same_bits, relative_error
-from tests.helpers.inputs import SMALL, Inputs, make_inputs, run
-from tests.helpers.task_runner import TaskRunner
-
-
-def spec_of(inputs: Inputs, config=SMALL) -> KernelSpec:
-    """Return the spec the layer would launch with."""
-    ids_TK = torch.empty(inputs.case.T, inputs.case.K, dtype=torch.int32)
-    layer = Layer(
-        inputs.x_TH,
-        inputs.router_EH,
-        inputs.experts.gate_up_E2IH,
-        inputs.experts.down_EHI,
-        Routing(ids_TK, ids_TK, None, None),
-        NO_SLOTS,
-        None,
-        inputs.x_TH,
-    )
-    return make_spec(layer, "live", "one", GateRule(), config)
-
-
-PLAIN_SPEC = spec_of(make_inputs(SHAPES[0]))
+from tests.helpers.specs import PLAIN_SPEC
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
-    """Draw shapes, tiles and a number of row tiles, from none to many."""
+def schedules(draw: st.DrawFn, lists=tuple(SEGMENTS)) -> Schedule:
+    """Draw a list, shapes, tiles and a number of row tiles, from none to many."""
     small = st.integers(1, 5)
+    stages, route = draw(st.sampled_from(lists))
+    widths = [0] if stages == "combine" else [0, 24, 70]
     spec = replace(
         PLAIN_SPEC,
-        route=draw(st.sampled_from(["live", "given", "replay"])),
+        stages=stages,
+        route=route,
         num_experts=draw(st.integers(1, 70)),
         hidden=draw(st.integers(1, 200)),
-        intermediate=draw(st.integers(1, 100)),
-        shared_width=draw(st.sampled_from([0, 24, 130])),
+        intermediate=draw(st.integers(10, 100)),
+        shared_width=draw(st.sampled_from(widths)),
         block_i=draw(st.sampled_from([16, 32])),
         block_h=draw(st.sampled_from([16, 64])),
         combine_tokens=draw(st.sampled_from([1, 8, 16])),
         column_groups=draw(small),
         tile_group=draw(small),
     )
-    num_tokens = draw(st.integers(1, 100))
+    num_tokens = draw(st.integers(1, 80))
     num_shared = Schedule(spec, num_tokens, 0).shared_tiles
     return Schedule(spec, num_tokens, num_shared + draw(st.integers(0, 12)))
+
+
+MAKING_ROWS = tuple(key for key in SEGMENTS if key[1] != "replay")
 
 
 @given(schedules())
 def test_every_wait_is_satisfied_by_lower_ids_and_by_no_fewer_signals_than_exist(schedule):
     signals: Counter = Counter()
     waits: dict[int, int] = {}
-    for task in schedule.tasks():
-        for counter, target in schedule.waits(task):
+    for task_id, task in enumerate(schedule.tasks()):
+        for counter, target in schedule.waits(task_id):
             assert signals[counter] == target  # all of them, so nothing is read half-written
             waits[counter] = target
         counter = schedule.signal(task)
@@ -77,51 +68,64 @@ def test_every_wait_is_satisfied_by_lower_ids_and_by_no_fewer_signals_than_exist
 
 @given(schedules())
 def test_every_piece_of_work_appears_exactly_once(schedule):
-    spec = schedule.spec
+    spec, held = schedule.spec, schedule.spec.held
     done = Counter((task.kind, task.tile, task.block) for task in schedule.tasks())
-    assert set(done.values()) <= {1}
+    assert set(done.values()) <= {1} and {kind for kind, _, _ in done} <= held
     by_kind = Counter(kind for kind, _, _ in done)
-    assert by_kind[spec.GATE] == schedule.token_tiles
-    assert by_kind[spec.PREFIX] == (0 if spec.replay else spec.prefix_blocks)
-    assert by_kind[spec.SCATTER] == (0 if spec.replay else schedule.token_tiles)
-    for tile in range(schedule.num_tiles):
-        ffn1 = {block for kind, at, block in done if kind == spec.FFN1 and at == tile}
-        ffn2 = {block for kind, at, block in done if kind == spec.FFN2 and at == tile}
-        assert ffn1 == set(range(spec.i_blocks)) and len(ffn1) * spec.block_i >= spec.intermediate
-        assert ffn2 == set(range(spec.num_groups * spec.group_blocks))
+    assert by_kind[spec.ROUTE] == schedule.token_tiles * (spec.ROUTE in held)
+    assert by_kind[spec.PREFIX] == spec.prefix_blocks * spec.makes_rows
+    assert by_kind[spec.SCATTER] == schedule.token_tiles * spec.makes_rows
+    for tile in range(schedule.num_tiles if spec.has_ffn else 0):
+        shared = tile < schedule.shared_tiles
+        own = (spec.SHARED_FFN1, spec.SHARED_FFN2) if shared else (spec.FFN1, spec.FFN2)
+        blocks = [{block for kind, at, block in done if kind == k and at == tile} for k in own]
+        assert blocks[0] == set(range(spec.i_blocks))
+        assert blocks[1] == set(range(spec.num_column_groups * spec.group_blocks))
+    groups, tiles = range(spec.num_column_groups), range(schedule.combine_tiles)
     combines = {(tile, block) for kind, tile, block in done if kind == spec.COMBINE}
-    groups, tiles = range(spec.num_groups), range(schedule.combine_tiles)
-    assert combines == {(tile, group) for tile in tiles for group in groups}
-    assert spec.num_groups * spec.group_blocks * spec.block_h >= spec.hidden
+    assert combines == {(tile, group) for tile in tiles for group in groups if spec.has_combine}
+    by_ffn = 2 * schedule.num_tiles if spec.has_ffn else 0
+    assert by_ffn == len({(kind, tile) for kind, tile, _ in done if 3 <= kind <= 6})
+
+
+@given(schedules())
+def test_blocks_and_tiles_cover_every_column_and_token(schedule):
+    spec = schedule.spec
+    assert spec.i_blocks * spec.block_i >= spec.intermediate
+    assert spec.num_column_groups * spec.group_blocks * spec.block_h >= spec.hidden
     assert schedule.combine_tiles * spec.combine_tokens >= schedule.num_tokens
+    assert schedule.token_tiles * spec.block_tokens >= schedule.num_tokens
+    slices = -(-spec.shared_width // spec.intermediate)
+    assert schedule.shared_tiles == slices * -(-schedule.num_tokens // spec.block_rows)
 
 
-@given(schedules(), st.integers(0, 12))
+@given(schedules(MAKING_ROWS), st.integers(0, 12))
 def test_tasks_before_the_row_tables_have_their_place_without_the_number_of_tiles(schedule, more):
     """Workers run these while they still believe in the most tiles there could be."""
-    schedule = replace(schedule, spec=replace(schedule.spec, route="live"))
     other = replace(schedule, num_tiles=schedule.shared_tiles + more)
-    first = schedule.first_table_task
+    first, spec = schedule.first_table_task, schedule.spec
     assert first == other.first_table_task <= schedule.num_tasks
-    before = [schedule.task(n) for n in range(first)]
-    assert before == [other.task(n) for n in range(first)]
-    asked = {counter for task in before for counter, _ in schedule.waits(task)}
-    assert schedule.spec.SCATTER_DONE not in asked
+    assert [schedule.task(n) for n in range(first)] == [other.task(n) for n in range(first)]
+    asked = [{counter for counter, _ in schedule.waits(n)} for n in range(schedule.num_tasks)]
+    assert all(spec.SCATTER_DONE not in counters for counters in asked[:first])
+    assert all(spec.SCATTER_DONE in counters for counters in asked[first:])
+    needing = {spec.FFN1, spec.FFN2, spec.COMBINE}
+    assert all(schedule.task(n).kind not in needing for n in range(first))
 
 
 @given(schedules(), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_any_number_of_workers_finishes_in_any_interleaving(schedule, num_workers, rng):
     """Workers hold one claimed task each; steps go to a random worker, as on an unfair device."""
+    waits = [schedule.waits(task_id) for task_id in range(schedule.num_tasks)]
     counters: Counter = Counter()
     claimed = iter(range(schedule.num_tasks))
     held = [next(claimed, None) for _ in range(num_workers)]
     finished = 0
-    while any(task is not None for task in held):
+    while any(task_id is not None for task_id in held):
         ready = [
             worker
-            for worker, task in enumerate(held)
-            if task is not None
-            and all(counters[c] >= n for c, n in schedule.waits(schedule.task(task)))
+            for worker, task_id in enumerate(held)
+            if task_id is not None and all(counters[c] >= least for c, least in waits[task_id])
         ]
         assert ready, "no worker can go on"
         worker = rng.choice(ready)
@@ -129,6 +133,56 @@ def test_any_number_of_workers_finishes_in_any_interleaving(schedule, num_worker
         held[worker] = next(claimed, None)
         finished += 1
     assert finished == schedule.num_tasks
+
+
+WORDS = 8  # kind, tile, block, two waits, signal
+
+
+@triton.jit
+def list_kernel(ids, num_ids, out, num_tokens, num_tiles, WORDS: tl.constexpr, C: tl.constexpr):
+    """Write the length of the list, where the row tables come in, and what some task ids are."""
+    size = Sizes(num_tokens, num_tiles, 0, 0)
+    tl.store(out, count_tasks(size, C))
+    if C.makes_rows:
+        counter, least = table_wait_of(size, C)
+        tl.store(out + 1, first_table_task(size, C))
+        tl.store(out + 2, counter)
+        tl.store(out + 3, least)
+    for n in range(0, num_ids):
+        place = out + (n + 1) * WORDS
+        kind, tile, block = task_of(tl.load(ids + n), size, C)
+        tl.store(place, kind)
+        tl.store(place + 1, tile)
+        tl.store(place + 2, block)
+        for number in tl.static_range(C.MOST_WAITS):
+            counter, least = wait_of(number, kind, tile, block, size, C)
+            tl.store(place + 3 + 2 * number, counter)
+            tl.store(place + 4 + 2 * number, least)
+        tl.store(place + 7, signal_of(kind, tile, block, C))
+
+
+@settings(max_examples=25)
+@given(schedules(), st.integers(0, 15))
+def test_the_kernel_has_the_order_that_python_has(schedule, first):
+    spec = schedule.spec
+    ids = range(first, schedule.num_tasks, max(1, schedule.num_tasks // 8))
+    out = torch.zeros(1 + len(ids), WORDS, dtype=torch.int32)
+    ids_tensor = torch.tensor([*ids, -1], dtype=torch.int32)
+    sizes = schedule.num_tokens, schedule.num_tiles
+    list_kernel[(1,)](ids_tensor, len(ids), out, *sizes, WORDS=WORDS, C=spec)
+    (num_tasks, first_table, *table_wait), *rows = out.tolist()
+    assert num_tasks == schedule.num_tasks
+    if spec.makes_rows:
+        assert first_table == schedule.first_table_task
+    for task_id, (*task, counter, least, late_counter, late_least, signal) in zip(
+        ids, rows, strict=True
+    ):
+        assert task == [*astuple(schedule.task(task_id))]
+        asked = [(counter, least), (late_counter, late_least)]
+        if spec.makes_rows and task_id >= first_table:
+            asked.insert(0, tuple(table_wait[:2]))
+        assert [wait for wait in asked if wait[1] > 0] == schedule.waits(task_id)
+        assert (signal if signal >= 0 else None) == schedule.signal(schedule.task(task_id))
 
 
 def test_combine_of_a_group_is_spread_over_the_second_half_of_the_next_groups_ffn2():
@@ -156,26 +210,6 @@ def test_bound_tiles_is_the_worst_case(assignments, slots, expected):
 def test_no_load_needs_more_tiles_than_the_bound(rows_of_slot):
     needed = sum(-(-rows // 16) for rows in rows_of_slot)
     assert needed <= bound_tiles(sum(rows_of_slot), len(rows_of_slot), 16)
-
-
-@pytest.mark.parametrize("case", SHAPES, ids=name_of)
-def test_the_runner_executes_the_list_and_agrees_with_the_kernel(case):
-    inputs = make_inputs(case)
-    out = run(inputs)
-    spec = spec_of(inputs)
-    num_tiles = int((-(-out.load_E // spec.block_rows)).sum())
-    schedule = Schedule(spec, case.T, num_tiles)
-    runner = TaskRunner(inputs, schedule)
-    y_TH = runner.run()
-    scratch = workspace_for(inputs.x_TH.device).latest
-    rows = scratch.rows
-    assert int(rows.num_tiles_1) == num_tiles <= scratch.schedule.num_tiles
-    assert_same_bits(actual=out.expert_of_TK, expected=runner.expert_of_TK.int())
-    assert_same_bits(actual=rows.row_of_TK, expected=runner.row_of_TK.int())
-    for name in ("rows_of_tile", "expert_of_tile"):
-        table = getattr(rows, name)[:num_tiles]
-        assert_same_bits(actual=table, expected=getattr(runner, name).int())
-    assert relative_error(actual=out.y_TH, expected=y_TH) < 1e-6
 
 
 def test_descriptions_name_the_task_and_the_counter():

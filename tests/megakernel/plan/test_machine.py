@@ -1,0 +1,100 @@
+"""The kernel leaves in every buffer what the Python machine does, in every list and dialect."""
+
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from megakernel.launch.call import Call, make_spec
+from megakernel.launch.run import kernel_arguments, launch
+from megakernel.launch.workspace import workspace_for
+from megakernel.plan.buffers import flatten
+from megakernel.plan.forward import SEGMENTS
+from megakernel.plan.machine import Machine
+from megakernel.plan.machine_memory import UNWRITTEN
+from megakernel.plan.schedule import count_row_tiles
+from tests.helpers.compare import assert_same_bits, relative_error
+from tests.helpers.dialects import DIALECTS, Dialect, make_dialect
+
+# The most that the kernel, which sums in float32, may be off the machine, which sums in float64,
+# in units of the buffer's rounding step: in the root mean square of a buffer, and in the greatest.
+MOST_STEPS, MOST_STEPS_OF_ONE = 3.0, 6.0
+
+
+def machine_of(call: Call) -> Machine:
+    """Return the machine for a call, told what the kernel is told."""
+    spec, num_tokens = make_spec(call), len(call.tokens)
+    given = None if spec.makes_rows else call.num_tiles
+    num_tiles = count_row_tiles(spec, num_tokens, given)
+    return Machine(call.buffers, spec, num_tokens, num_tiles, call.capacity, call.seed)
+
+
+def kernel_buffers(call: Call, names: set[str]) -> dict[str, Tensor]:
+    """Launch, and return what lies in the named tensors, which were filled as the machine's."""
+    workspace = workspace_for(call.tokens.device)
+    tensors = flatten(kernel_arguments(call, make_spec(call), workspace)[0])
+    for name in names:
+        tensors[name].fill_(torch.nan if tensors[name].is_floating_point() else UNWRITTEN)
+    launch(call)
+    return {name: tensors[name] for name in names}
+
+
+def assert_close(name: str, *, actual: Tensor, expected: Tensor, written: Tensor) -> None:
+    """Fail unless the kernel wrote the same cells, and numbers within MOST_STEPS roundings."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    assert torch.equal(~actual.isnan(), written), f"{name}: other cells are written"
+    step = torch.finfo(actual.dtype).eps
+    actual, expected = actual[written].double(), expected[written].double()
+    if expected.count_nonzero():
+        assert relative_error(actual=actual, expected=expected) <= MOST_STEPS * step, name
+        greatest_error = float((actual - expected).abs().max() / expected.abs().max())
+        assert greatest_error <= MOST_STEPS_OF_ONE * step, name
+    else:
+        assert torch.equal(actual, expected), name
+
+
+def test_every_list_has_a_dialect() -> None:
+    assert {(one.stages, one.route) for one in DIALECTS} == SEGMENTS.keys()
+    assert all(one.reason for one in DIALECTS)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
+def test_the_kernel_leaves_in_every_buffer_what_the_machine_does(dialect: Dialect) -> None:
+    call = make_dialect(dialect)
+    machine = machine_of(call)
+    machine.run()
+    memory = machine.memory
+    found = kernel_buffers(call, set(memory.writer))
+    for name, tensor in found.items():
+        expected, written = memory.values[name], memory.written(name)
+        if tensor.is_floating_point():
+            assert_close(name, actual=tensor, expected=expected, written=written)
+        else:
+            assert_same_bits(actual=tensor, expected=expected)
+
+
+def test_dialects_that_drop_choices_do() -> None:
+    dropped = {}
+    for name in ("live", "capacity", "capacity-even", "random-second", "gshard"):
+        machine = machine_of(make_dialect(next(one for one in DIALECTS if one.name == name)))
+        ids_TK = machine.run().routing.expert_of_TK
+        assert ids_TK is not None
+        dropped[name] = int((ids_TK < 0).sum())
+    assert dropped.pop("live") == 0
+    assert all(0 < count < 37 for count in dropped.values()), dropped
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
+def test_any_number_of_workers_in_any_order_leaves_the_same_buffers(dialect: Dialect) -> None:
+    call = make_dialect(dialect)
+    alone = machine_of(call)
+    alone.run()
+    for num_workers in (2, 7, 50):
+        machine = machine_of(call)
+        machine.run(num_workers, Random(num_workers))
+        assert sorted(machine.finished) == alone.finished
+        for name in machine.memory.writer:
+            assert_same_bits(
+                actual=machine.memory.values[name], expected=alone.memory.values[name]
+            )
