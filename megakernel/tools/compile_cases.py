@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megakernel.calls import MoEOutput, given_call, routed_call
+from megakernel.calls import MoEOutput, combine_call, given_call, routed_call, rows_call
 from megakernel.config import SHIPPED, KernelConfig, default_height
+from megakernel.experts import Experts
 from megakernel.launch.call import Call, make_spec
 from megakernel.plan.buffers import Rows, Slots
 from megakernel.plan.spec import KernelSpec
@@ -32,6 +33,7 @@ class CompileCase:
         kind: key of KINDS, what the layer computes.
         split: see KernelSpec.
         timed: whether the launch keeps its tasks' times.
+        stages: see KernelSpec; "rows" and "combine" are of a replay.
     """
 
     config_name: str
@@ -40,6 +42,7 @@ class CompileCase:
     kind: str = "plain"
     split: str = "one"
     timed: bool = False
+    stages: str = "layer"
 
     @property
     def config(self) -> KernelConfig:
@@ -91,6 +94,8 @@ def make_call(case: CompileCase, num_tokens: int = 1) -> Call:
     shape_TK = T, model.top_k
     ids_TK = _meta(*shape_TK, dtype=torch.int32)
     gate_TK = _meta(*shape_TK, dtype=torch.float32)
+    if case.stages != "layer":
+        return make_stage_call(case, x_TH, ids_TK, experts)
     slots = Slots() if case.split == "one" else make_slots(model.num_experts)
     places = slots, case.split, ids_TK if case.split == "slot" else None
     if case.route == "given":
@@ -102,6 +107,15 @@ def make_call(case: CompileCase, num_tokens: int = 1) -> Call:
     )  # fmt: skip
     rows = make_rows(case, ids_TK) if case.route == "replay" else None
     return routed_call(x_TH, weight_EH, router, experts, out, places, rows, case.config)
+
+
+def make_stage_call(case: CompileCase, x_TH: Tensor, ids_TK: Tensor, experts: Experts) -> Call:
+    """Return a call of one stage of a replay of one row tile."""
+    y_CH = _meta(case.config.block_rows, case.model.hidden)
+    if case.stages == "rows":
+        return rows_call(x_TH, ids_TK, make_rows(case, ids_TK), experts, y_CH, case.config)
+    gate_TK = _meta(*ids_TK.shape, dtype=torch.float32)
+    return combine_call(y_CH, ids_TK, gate_TK, torch.empty_like(x_TH), case.config)
 
 
 def make_rows(case: CompileCase, ids_TK: Tensor) -> tuple[Rows, int]:

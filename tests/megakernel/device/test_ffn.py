@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from megakernel.device.ffn import combine_tile, load_weight, store_rows
-from tests.megakernel.plan.test_schedule import PLAIN_SPEC
+from tests.helpers.specs import PLAIN_SPEC
 
 WIDTH = 64
 FAR_ROW = 90_000_000  # starts at element 5.76e9; the memory before it is reserved, never touched

@@ -9,7 +9,7 @@ from megakernel.device.queue import INPUT_AT, SCHEDULE_AT, STALL_AT
 from megakernel.errors import MegakernelStall
 from megakernel.launch.workspace import ALIGNMENT_BYTES, Workspace, place, scratch_shapes
 from megakernel.plan.schedule import Schedule
-from tests.megakernel.plan.test_schedule import PLAIN_SPEC
+from tests.helpers.specs import PLAIN_SPEC
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule(PLAIN_SPEC, num_tokens=40, num_tiles=8)
