@@ -9,8 +9,6 @@ TRACE is a saved trace or any recording that ``balance.recorded.read`` reads; re
 sequences are packed on the fly. The word "synthetic" makes a trace up.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

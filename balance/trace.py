@@ -5,12 +5,10 @@ that ``row_mask_T`` leaves out are in no load. Ids that would corrupt a load are
 construction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,7 +19,7 @@ from balance.ids import TraceReport, check_ids, check_num_experts, inspect_ids, 
 class Trace:
     """The routing of one training batch: which experts every token chose, layer by layer.
 
-    Args:
+    Attributes:
         ids_TLK: logical expert of each token, MoE layer and choice; any integer dtype, in
             [0, num_experts), or -1 for "no expert" (such a choice is in no load).
         micro_batch_T: micro-batch of each token, from 0.
@@ -135,18 +133,6 @@ class Trace:
             load_BLE[micro_batch] += self._count(rows_T)
         return load_BLE
 
-    def with_source_ranks(self, source_rank_T: np.ndarray) -> Trace:
-        """The same trace with its tokens on other ranks."""
-        return Trace(
-            self.ids_TLK,
-            self.micro_batch_T,
-            source_rank_T,
-            self.num_experts,
-            self.weights_TLK,
-            self.row_mask_T,
-            self.label,
-        )
-
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace as one compressed npz file at exactly this path."""
         arrays: dict[str, Any] = {
@@ -163,7 +149,7 @@ class Trace:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Trace:
+    def load(cls, path: str | PathLike[str]) -> Self:
         """Read what ``save`` wrote; other layouts are read by ``balance.recorded.read``.
 
         Raises:

@@ -4,8 +4,6 @@ Colours are those of Okabe and Ito, which stay apart for colour-blind eyes, and 
 meaning rests on colour alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

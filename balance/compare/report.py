@@ -3,8 +3,6 @@
 Rows are frozen records, so that tables, JSON and pictures come from the same figures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ WORTH_IT = 1.09
 class RankStats:
     """Contiguous placement on some ranks: what there is to gain.
 
-    Args:
+    Attributes:
         num_ranks: expert-parallel ranks.
         imbalance_avg, imbalance_p95, imbalance_worst: max / mean over ranks.
         slowdown: sum of maxima / sum of means, the time of the expert layers over the balanced.
@@ -66,7 +64,7 @@ class TraceStats:
 class Row:
     """One method in the comparison.
 
-    Args:
+    Attributes:
         name: of the method.
         imbalance_avg, imbalance_p95, imbalance_worst: max / mean over ranks.
         efficiency: sum of means / sum of maxima.

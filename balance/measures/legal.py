@@ -1,7 +1,5 @@
 """Is a plan one that can be executed?"""
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.topology import Topology

@@ -5,8 +5,6 @@ tokens, except the last sampled one. Both engines return a row for every hidden 
 layers hold zeros and are left out with ``moe_layers``.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

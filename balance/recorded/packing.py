@@ -4,8 +4,6 @@ A trainer packs whole sequences, so tokens of a micro-batch are far from indepen
 sequences, and even more so the domains they come from, favour experts of their own.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -4,8 +4,6 @@ All of them end in ``Routes`` (whole sequences, to be packed) or, where micro-ba
 were recorded, in a ``Trace``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike

@@ -10,8 +10,6 @@ before. The default spreads reproduce gpt-oss-20b's correlation inside a sequenc
 neighbouring tokens and rank imbalance; every label says "synthetic".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ _TOKENS_PER_CHUNK = 8192
 class SyntheticConfig:
     """What to make up.
 
-    Args:
+    Attributes:
         num_experts, top_k, num_layers: of the model; top_k <= num_experts.
         num_micro_batches, tokens_per_micro_batch: of the batch; the last may run short.
         num_ranks: ranks that whole sequences are dealt to.

@@ -1,7 +1,5 @@
 """What trainers carry: verl's padded or jagged tensors, slime's lists, Megatron's router trace."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

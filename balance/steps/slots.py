@@ -1,7 +1,5 @@
 """From homes, copies and units to slots and assignments."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.steps.loads import Batch

@@ -35,11 +35,13 @@ def planned(draw):
     """A batch, a machine, and options of every kind."""
     topology = draw(topologies())
     load_BLRE = draw(loads(topology.num_ranks))
-    sizes = [len(topology.ranks_of_node(n)) for n in range(topology.num_nodes)]
+    sizes = np.bincount(topology.node_of_R[topology.present_R])
     options = PlanOptions(
         reorder=draw(st.booleans()),
         move_budget=draw(st.none() | st.integers(0, 4)),
-        cross_node_copies=draw(st.integers(0, min(2, topology.spare_slots_per_rank * min(sizes)))),
+        cross_node_copies=draw(
+            st.integers(0, min(2, topology.spare_slots_per_rank * int(min(sizes))))
+        ),
         tolerance=draw(st.sampled_from([0.0, 0.02, 0.2])),
         min_tokens_per_replica=draw(st.sampled_from([0, 5, 100])),
         tile_rows=draw(st.sampled_from([1, 1, 8])),

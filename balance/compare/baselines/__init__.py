@@ -4,8 +4,6 @@ Every method gets the same loads and topology and is measured the same way. "Ora
 the loads of the batch or micro-batch they plan for, which needs recorded routing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -53,7 +51,7 @@ BASELINES: dict[str, Baseline] = {
 class Outcome:
     """What a method achieves on a batch.
 
-    Args:
+    Attributes:
         name: of the method.
         rank_load_BLR: assignments on each rank, float64.
         tile_load_BLR: the same with every copy rounded up to whole tiles.

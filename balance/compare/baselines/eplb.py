@@ -5,8 +5,6 @@ knows one load per expert, no micro-batches, fills every slot, and may put two c
 on one rank.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import (

@@ -3,8 +3,6 @@
 Both methods keep copies inside the node of the home, as the planner does for a micro-batch.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, at_home

@@ -4,8 +4,6 @@ DeepSeek's LPLB copies experts along a fixed graph of ranks. Here the copies are
 batch's true loads, which is the stronger start; the program and its optimum are the same.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, contiguous_ER, num_arrivals

@@ -1,7 +1,5 @@
 """Whole experts on the move: per micro-batch (FEPLB-like) or per batch (ReLibra-like)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, at_home, num_arrivals

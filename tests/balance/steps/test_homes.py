@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balance.steps.homes import Present, longest_first, rehome, reorder_homes
+from balance.steps.homes import longest_first, rehome, reorder_homes
 from balance.topology import Topology
 from tests.helpers.strategies import topologies
 
