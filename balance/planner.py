@@ -62,24 +62,16 @@ def make_plan(
     with _one_thread():
         chosen = _best_candidate(batch, idle_LE, previous_LE)
     slot_LE = home_slots_of(chosen.home_LE, topology, previous_slot_LE)
-    arrays = slot_arrays(
-        batch,
-        slot_LE,
-        chosen.static_LM,
-        chosen.copy_BLM,
-        chosen.home_unit_BLE,
-        chosen.spare_unit_BLM,
-    )
     return Plan(
         topology,
         options,
-        **arrays,
+        **slot_arrays(batch, slot_LE, chosen),
         home_slot_LE=slot_LE.astype(np.int32),
         load_BLRE=batch.load_BLRE,
         bound_BL=chosen.bound_BL * options.tile_rows,
         previous_home_LE=previous_LE,
         plan_seconds=time.perf_counter() - started,
-        trace=trace_or_counts if isinstance(trace_or_counts, Trace) else None,
+        trace=batch.trace,
     )
 
 

@@ -178,13 +178,13 @@ def _layer_logits(config: SyntheticConfig, sequences: _Sequences) -> Iterator[np
 
     for _ in range(config.num_layers):
         base_E = np.float32(rng.uniform(*config.base_spread)) * normal(1)[0]
-        domain_DE = np.float32(config.domain_spread) * normal(config.num_domains)
+        of_domain = np.float32(config.domain_spread) * normal(config.num_domains)
         drift_BE = np.float32(config.drift) * np.cumsum(normal(num_micro_batches), axis=0)
         sequence_spread = np.float32(rng.uniform(*config.sequence_spread))
         sequence_SE = sequence_spread * normal(len(sequences.length_S))
         yield (
             base_E
-            + domain_DE[sequences.domain_S]
+            + of_domain[sequences.domain_S]
             + drift_BE[sequences.micro_batch_S]
             + sequence_SE
         )

@@ -118,9 +118,7 @@ def read_megatron_records(path: Path) -> Iterable[dict[str, Any]]:
         raise ValueError(f"path must hold router_trace_rank*.jsonl files, got {path}")
     for file in files:
         with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+            yield from (json.loads(line) for line in lines if line.strip())
 
 
 def _stack_layers(
