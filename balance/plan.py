@@ -94,7 +94,7 @@ class Plan:
 
     def expert_of_P(self, micro_batch: int, layer: int) -> np.ndarray:
         """Expert in each slot, int32, -1 for an empty slot (``physical_to_logical_map``)."""
-        self._check_index(micro_batch, layer)
+        self._check_place(micro_batch, layer)
         return self.expert_of_BLP[micro_batch, layer]
 
     def slots_of_experts(self, micro_batch: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +106,7 @@ class Plan:
 
         As EPLB's ``rebalance_experts`` returns them, except that empty slots hold -1.
         """
-        self._check_index(micro_batch, 0)
+        self._check_place(micro_batch, 0)
         maps = [self.slots_of_experts(micro_batch, layer) for layer in range(self.num_layers)]
         most = max((slots.shape[1] for slots, _ in maps), default=1)
         log2phy = np.full((self.num_layers, self.num_experts, most), -1, dtype=np.int64)
@@ -270,7 +270,7 @@ class Plan:
             )
         return trace
 
-    def _check_index(self, micro_batch: int, layer: int) -> None:
+    def _check_place(self, micro_batch: int, layer: int) -> None:
         for name, value, count in (
             ("micro_batch", micro_batch, self.num_micro_batches),
             ("layer", layer, self.num_layers),

@@ -22,8 +22,8 @@ from balance.plan import Plan, PlanOptions
 from balance.steps.candidate import Candidate, make_candidate
 from balance.steps.homes import rehome, reorder_homes
 from balance.steps.loads import Batch, previous_homes
+from balance.steps.nearness import Nearness
 from balance.steps.slots import home_slots_of, slot_arrays
-from balance.steps.swaps import Nearness
 from balance.topology import Topology
 from balance.trace import Trace
 

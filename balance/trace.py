@@ -46,7 +46,7 @@ class Trace:
         object.__setattr__(self, "ids_TLK", check_ids(self.ids_TLK))
         object.__setattr__(self, "num_experts", check_num_experts(self.num_experts))
         for name in ("micro_batch_T", "source_rank_T"):
-            values_T = _check_index(name, getattr(self, name), self.num_tokens)
+            values_T = _check_numbers(name, getattr(self, name), self.num_tokens)
             object.__setattr__(self, name, values_T)
         if self.row_mask_T is not None:
             object.__setattr__(self, "row_mask_T", _check_mask(self.row_mask_T, self.num_tokens))
@@ -150,7 +150,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        """Read what ``save`` wrote; other layouts are read by ``balance.recorded.read``.
+        """Read what ``save`` wrote; other layouts are read by ``balance.formats.read``.
 
         Raises:
             ValueError: when an array is missing, naming it, or breaks a rule of ``Trace``.
@@ -161,7 +161,7 @@ class Trace:
             if missing:
                 raise ValueError(
                     f"path must be a saved Trace; {path} lacks {', '.join(missing)} and has "
-                    f"{', '.join(arrays.files)} (balance.recorded.read reads other layouts)"
+                    f"{', '.join(arrays.files)} (balance.formats.read reads other layouts)"
                 )
             optional = {
                 name: arrays[name] for name in ("weights_TLK", "row_mask_T") if name in arrays
@@ -201,7 +201,7 @@ class Trace:
         return load.reshape(self.num_layers, width)[:, :-1]
 
 
-def _check_index(name: str, values: Any, num_tokens: int) -> np.ndarray:
+def _check_numbers(name: str, values: Any, num_tokens: int) -> np.ndarray:
     values_T = np.asarray(values)
     if values_T.shape != (num_tokens,) or (num_tokens and values_T.dtype.kind not in "iu"):
         raise ValueError(

@@ -84,13 +84,13 @@ def node_level(
     node_of_J: torch.Tensor,
     speed_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Least level of the slowest node when homes and cross-node copies are given.
+    """Least level of the slowest node when homes and batch-static copies are given.
 
     Args:
         load_FE: loads >= 0 of F problems.
         node_FE: int64 home node of each expert.
-        copy_FJ: int64 expert in each cross-node slot, -1 for none.
-        node_of_J: int64 node of each cross-node slot.
+        copy_FJ: int64 expert in each batch-static slot, -1 for none.
+        node_of_J: int64 node of each batch-static slot.
         speed_N: float64 sum of rank speeds of each node, > 0.
     """
     level_F, _ = split.bottleneck(load_FE, node_FE, copy_FJ, node_of_J, speed_N)

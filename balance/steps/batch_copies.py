@@ -65,7 +65,7 @@ class BatchCopies:
             torch.from_numpy(present.speed_N),
         )
         has_ranks = bool((self.rank_LJ >= 0).any())
-        wish_BLJ = self._wishes(unit_BLE, rank_LE, present) if has_ranks else None
+        wish_BLJ = self._lacking_units(unit_BLE, rank_LE, present) if has_ranks else None
         share_FJ = split.integer_quotas(
             *problem, None if wish_BLJ is None else torch.from_numpy(wish_BLJ).flatten(0, 1)
         )
@@ -116,7 +116,9 @@ class BatchCopies:
         layer, entry = (self.spare_LJ >= 0).nonzero()
         value_LM[..., layer, self.spare_LJ[layer, entry]] = value_LJ[..., layer, entry]
 
-    def _wishes(self, unit_BLE: np.ndarray, rank_LE: np.ndarray, present: Present) -> np.ndarray:
+    def _lacking_units(
+        self, unit_BLE: np.ndarray, rank_LE: np.ndarray, present: Present
+    ) -> np.ndarray:
         """Units that keep each entry's rank busy, shared among the entries of that rank."""
         lack_BLD = np.maximum(present.lack(unit_BLE, rank_LE), 0).astype(np.int64)
         sharers_LJ = (self.rank_LJ[:, :, None] == self.rank_LJ[:, None, :]).sum(2)

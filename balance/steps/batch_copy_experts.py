@@ -5,6 +5,8 @@ node imbalance is what remains. One or two copies per node that stay for the bat
 it: they are paid for once, and every micro-batch splits its tokens between the nodes anew.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
@@ -40,151 +42,137 @@ def choose_experts(
         slot: J = N · copies_per_node slots, ascending.
     """
     num_layers, num_nodes = node_LE.shape[0], len(speed_N)
-    node_of_J = torch.arange(num_nodes).repeat_interleave(copies_per_node)
-    best_LJ = torch.full((num_layers, len(node_of_J)), -1)
-    load_LBE = torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double()
-    home_LE, speeds = torch.from_numpy(node_LE), torch.from_numpy(speed_N)
-    best_L = _node_levels(load_LBE, home_LE, best_LJ, node_of_J, speeds)[0].sum(1)
+    layers = _Layers(
+        torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double(),
+        torch.from_numpy(node_LE),
+        torch.arange(num_nodes).repeat_interleave(copies_per_node),
+        torch.from_numpy(speed_N),
+    )
+    best_LJ = torch.full((num_layers, len(layers.node_of_J)), -1)
+    best_L = layers.summed_levels(best_LJ)
     if num_nodes > 1:
-        _pick_greedily(load_LBE, home_LE, node_of_J, speeds, best_LJ, best_L)
-        _pick_each_again(load_LBE, home_LE, node_of_J, speeds, best_LJ, best_L)
+        _pick_greedily(layers, best_LJ, best_L)
+        _pick_each_again(layers, best_LJ, best_L)
     if 1 < num_nodes <= rank_sets.MAX_RANKS and copies_per_node:
-        ideal_L = load_LBE.sum((1, 2)) / speeds.sum()
-        _give_slots_back(
-            load_LBE, home_LE, best_LJ, node_of_J, speeds, best_L + WORTH_A_SLOT * ideal_L
+        ideal_L = layers.load_LBE.sum((1, 2)) / layers.speed_N.sum()
+        _give_slots_back(layers, best_LJ, best_L + WORTH_A_SLOT * ideal_L)
+    return best_LJ.numpy(), layers.node_of_J.numpy()
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What is given: loads, home nodes, the node of each slot, the speed of each node."""
+
+    load_LBE: torch.Tensor
+    node_LE: torch.Tensor
+    node_of_J: torch.Tensor
+    speed_N: torch.Tensor
+
+    def __getitem__(self, layers: torch.Tensor) -> "_Layers":
+        """Some of the layers."""
+        return replace(self, load_LBE=self.load_LBE[layers], node_LE=self.node_LE[layers])
+
+    def levels(self, copy_LJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Node-level Hall value of every micro-batch, level_LB, and its tight set, tight_LBN."""
+        num_layers, num_micro_batches, _ = self.load_LBE.shape
+        level_F, tight_FN = split.bottleneck(
+            self.load_LBE.flatten(0, 1),
+            self.node_LE.repeat_interleave(num_micro_batches, 0),
+            copy_LJ.repeat_interleave(num_micro_batches, 0),
+            self.node_of_J,
+            self.speed_N,
         )
-    return best_LJ.numpy(), node_of_J.numpy()
+        shape = (num_layers, num_micro_batches)
+        return level_F.view(shape), tight_FN.view(*shape, len(self.speed_N))
+
+    def summed_levels(self, copy_LJ: torch.Tensor) -> torch.Tensor:
+        """What is to be lowered: the sum of the levels over micro-batches, level_L."""
+        return self.levels(copy_LJ)[0].sum(1)
+
+    def holds(self, copy_LJ: torch.Tensor) -> torch.Tensor:
+        """Which nodes hold a copy of each expert, bool [L, E, N]."""
+        holds_LEN = torch.nn.functional.one_hot(self.node_LE, len(self.speed_N)).bool()
+        layer, slot = (copy_LJ >= 0).nonzero(as_tuple=True)
+        holds_LEN[layer, copy_LJ[layer, slot], self.node_of_J[slot]] = True
+        return holds_LEN
+
+    def full(self, copy_LJ: torch.Tensor) -> torch.Tensor:
+        """Which nodes have no slot left, bool [L, N]."""
+        nodes = range(len(self.speed_N))
+        return torch.stack(
+            [(copy_LJ[:, self.node_of_J == node] >= 0).all(1) for node in nodes], dim=1
+        )
 
 
-def _pick_greedily(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-    best_LJ: torch.Tensor,
-    best_L: torch.Tensor,
-) -> None:
+def _pick_greedily(layers: _Layers, best_LJ: torch.Tensor, best_L: torch.Tensor) -> None:
     """Fill slot after slot; ``best_LJ`` keeps the state of the lowest summed level, ``best_L``."""
-    copy_LJ, layers = best_LJ.clone(), torch.arange(len(best_LJ))
-    for _ in range(len(node_of_J)):
-        picked_LJ, level_L = _pick_one_more(
-            load_LBE[layers], node_LE[layers], copy_LJ[layers], node_of_J, speed_N
-        )
+    copy_LJ, open_layers = best_LJ.clone(), torch.arange(len(best_LJ))
+    for _ in range(len(layers.node_of_J)):
+        picked_LJ, level_L = _pick_one_more(layers[open_layers], copy_LJ[open_layers])
         possible_L = level_L < torch.inf
-        layers, level_L = layers[possible_L], level_L[possible_L]
-        copy_LJ[layers] = picked_LJ[possible_L]
+        open_layers, level_L = open_layers[possible_L], level_L[possible_L]
+        copy_LJ[open_layers] = picked_LJ[possible_L]
         # Two nodes that are equally slow need two picks before the level falls.
-        better_L = level_L < best_L[layers] * (1 - 1e-9)
-        best_LJ[layers[better_L]] = copy_LJ[layers[better_L]]
-        best_L[layers[better_L]] = level_L[better_L]
+        better_L = level_L < best_L[open_layers] * (1 - 1e-9)
+        best_LJ[open_layers[better_L]] = copy_LJ[open_layers[better_L]]
+        best_L[open_layers[better_L]] = level_L[better_L]
 
 
-def _pick_each_again(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-    best_LJ: torch.Tensor,
-    best_L: torch.Tensor,
-) -> None:
+def _pick_each_again(layers: _Layers, best_LJ: torch.Tensor, best_L: torch.Tensor) -> None:
     """Take each copy out in turn and pick again, knowing all the others."""
-    for slot in range(len(node_of_J)):
+    for slot in range(len(layers.node_of_J)):
         without_LJ = best_LJ.clone()
         without_LJ[:, slot] = -1
-        picked_LJ, level_L = _pick_one_more(load_LBE, node_LE, without_LJ, node_of_J, speed_N)
+        picked_LJ, level_L = _pick_one_more(layers, without_LJ)
         better_L = level_L < best_L * (1 - 1e-9)
         best_LJ[better_L], best_L[better_L] = picked_LJ[better_L], level_L[better_L]
 
 
-def _give_slots_back(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LJ: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-    limit_L: torch.Tensor,
-) -> None:
+def _give_slots_back(layers: _Layers, copy_LJ: torch.Tensor, limit_L: torch.Tensor) -> None:
     """Take out copies, the most dispensable first, while the summed level stays in its limit."""
-    layers = torch.arange(len(copy_LJ))
-    while len(layers):
-        level_LJ = torch.full((len(layers), copy_LJ.shape[1]), torch.inf, dtype=torch.float64)
+    rows = torch.arange(len(copy_LJ))
+    while len(rows):
+        level_LJ = torch.full((len(rows), copy_LJ.shape[1]), torch.inf, dtype=torch.float64)
         for slot in range(copy_LJ.shape[1]):
-            without_LJ = copy_LJ[layers]
+            without_LJ = copy_LJ[rows]
             filled_L = without_LJ[:, slot] >= 0
             without_LJ[:, slot] = -1
-            level_LB, _ = _node_levels(
-                load_LBE[layers], node_LE[layers], without_LJ, node_of_J, speed_N
-            )
-            level_LJ[:, slot] = torch.where(filled_L, level_LB.sum(1), torch.inf)
+            level_L = layers[rows].summed_levels(without_LJ)
+            level_LJ[:, slot] = torch.where(filled_L, level_L, torch.inf)
         level_L, slot_L = level_LJ.min(1)
-        spare_L = level_L <= limit_L[layers]
-        layers = layers[spare_L]
-        copy_LJ[layers, slot_L[spare_L]] = -1
+        spare_L = level_L <= limit_L[rows]
+        rows = rows[spare_L]
+        copy_LJ[rows, slot_L[spare_L]] = -1
 
 
-def _pick_one_more(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LJ: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pick_one_more(layers: _Layers, copy_LJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One more copy for each layer: copy_LJ, and the summed level_L, inf where there is none."""
-    num_nodes = len(speed_N)
-    relief_LEN = _relief(load_LBE, node_LE, copy_LJ, node_of_J, speed_N)
+    num_nodes = len(layers.speed_N)
+    relief_LEN = _relief(layers, copy_LJ)
     exact = num_nodes <= rank_sets.MAX_RANKS
     most = min(CANDIDATES if exact else CANDIDATES_BY_FLOW, relief_LEN[0:1].numel())
     relief_LO, choice_LO = relief_LEN.flatten(1).topk(most, dim=1)
-    best_L = torch.full((len(load_LBE),), torch.inf, dtype=torch.float64)
+    best_L = torch.full((len(copy_LJ),), torch.inf, dtype=torch.float64)
     best_LJ = copy_LJ.clone()
     for relief_L, choice_L in zip(relief_LO.T, choice_LO.T, strict=True):
-        trial_LJ = _into_first_free(
-            copy_LJ, choice_L // num_nodes, choice_L % num_nodes, node_of_J
-        )
-        level_L = _node_levels(load_LBE, node_LE, trial_LJ, node_of_J, speed_N)[0].sum(1)
+        expert_L, node_L = choice_L // num_nodes, choice_L % num_nodes
+        trial_LJ = _into_first_free(copy_LJ, expert_L, node_L, layers.node_of_J)
+        level_L = layers.summed_levels(trial_LJ)
         better_L = (level_L < best_L) & (relief_L > 0)
         best_LJ[better_L], best_L[better_L] = trial_LJ[better_L], level_L[better_L]
     return best_LJ, best_L
 
 
-def _node_levels(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LJ: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Node-level Hall value of every micro-batch, level_LB, and its tight set, tight_LBN."""
-    num_layers, num_micro_batches, _ = load_LBE.shape
-    level_F, tight_FN = split.bottleneck(
-        load_LBE.flatten(0, 1),
-        node_LE.repeat_interleave(num_micro_batches, 0),
-        copy_LJ.repeat_interleave(num_micro_batches, 0),
-        node_of_J,
-        speed_N,
-    )
-    shape = (num_layers, num_micro_batches)
-    return level_F.view(shape), tight_FN.view(*shape, len(speed_N))
-
-
-def _relief(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LJ: torch.Tensor,
-    node_of_J: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> torch.Tensor:
+def _relief(layers: _Layers, copy_LJ: torch.Tensor) -> torch.Tensor:
     """Estimate of what each new copy takes off the tight sets, [L, E, N].
 
     In every micro-batch at most the expert's load, if it is locked inside the tight set and the
     node is outside, and at most what the set has too much; nothing where the node's slots are full
     or it holds the expert already.
     """
-    num_nodes = len(speed_N)
-    level_LB, tight_LBN = _node_levels(load_LBE, node_LE, copy_LJ, node_of_J, speed_N)
-    holds_LEN = torch.nn.functional.one_hot(node_LE, num_nodes).bool()
-    layer, slot = (copy_LJ >= 0).nonzero(as_tuple=True)
-    holds_LEN[layer, copy_LJ[layer, slot], node_of_J[slot]] = True
+    load_LBE, speed_N = layers.load_LBE, layers.speed_N
+    level_LB, tight_LBN = layers.levels(copy_LJ)
+    holds_LEN = layers.holds(copy_LJ)
     bound_LEN = holds_LEN & (holds_LEN.sum(2, keepdim=True) == 1)
     room_LBN = level_LB[:, :, None] * speed_N - load_LBE @ bound_LEN.double()
     escapes_LBE = (~tight_LBN).float() @ holds_LEN.float().transpose(1, 2) > 0
@@ -195,10 +183,7 @@ def _relief(
     # Room only breaks ties: a full node can still pass load on.
     has_room_LBN = (room_LBN > 0) & ~tight_LBN
     relief_LEN += 1e-3 * (gain_LBE.transpose(1, 2) @ has_room_LBN.double())
-    full_LN = torch.stack(
-        [(copy_LJ[:, node_of_J == node] >= 0).all(1) for node in range(num_nodes)], dim=1
-    )
-    return relief_LEN.masked_fill(holds_LEN | full_LN[:, None, :], 0)
+    return relief_LEN.masked_fill(holds_LEN | layers.full(copy_LJ)[:, None, :], 0)
 
 
 def _into_first_free(

@@ -7,8 +7,9 @@ moves takes its optimizer state along, so moves against the previous homes can b
 
 import numpy as np
 
+from balance.steps.nearness import Nearness
 from balance.steps.present import Present
-from balance.steps.swaps import Limits, Nearness, improve_by_swaps
+from balance.steps.swaps import Limits, improve_by_swaps
 from balance.topology import Topology
 
 
@@ -38,8 +39,7 @@ def reorder_homes(
     load_LBE = np.ascontiguousarray(load_BLE.transpose(1, 0, 2), dtype=np.float32)
     present = Present.of(topology, load_BLE.shape[2])
     if nearness is not None:
-        near_LED = nearness.near_LED[:, :, present.ranks]
-        nearness = Nearness(nearness.weight, near_LED, nearness.together_LEE)
+        nearness = nearness.of_ranks(present.ranks)
     rank_LE = np.searchsorted(present.ranks, previous_LE)
     limits = Limits(rank_LE, move_budget, None)
     # The previous homes first: of equal ends, the one with fewer moves.

@@ -105,7 +105,7 @@ def _quotas(
     quota_FJ = torch.zeros_like(copy_FJ)
     rows = torch.arange(len(copy_FJ))
     while len(rows):
-        wish_FJ = _wishes(nodes, copy_FJ)
+        wish_FJ = _local_units(nodes, copy_FJ)
         quota_FJ[rows] = split.integer_quotas(
             load_FX[rows],
             home_FX[rows],
@@ -131,7 +131,7 @@ def _drop_smallest(
     return small_F
 
 
-def _wishes(nodes: list[NodeProblems], copy_FJ: torch.Tensor) -> torch.Tensor | None:
+def _local_units(nodes: list[NodeProblems], copy_FJ: torch.Tensor) -> torch.Tensor | None:
     """Units that each copy finds on its own rank; None when sources are unknown."""
     wishes = [
         node.wishes(part.numpy())

@@ -13,28 +13,7 @@ from typing import Self
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Nearness:
-    """What saves travel: experts near their tokens, and experts of the same tokens together.
-
-    Attributes:
-        weight: straggler load given up per assignment and place that need not travel; 0 for none.
-        near_LED: assignments to an expert from tokens on each rank.
-        together_LEE: tokens that chose both experts, symmetric; None counts as zero.
-    """
-
-    weight: float
-    near_LED: np.ndarray
-    together_LEE: np.ndarray | None = None
-
-    def padded(self, num_empty: int) -> "Nearness":
-        """The same with experts added that no token chose."""
-        together_LEE = self.together_LEE
-        if together_LEE is not None:
-            together_LEE = np.pad(together_LEE, ((0, 0), (0, num_empty), (0, num_empty)))
-        near_LED = np.pad(self.near_LED, ((0, 0), (0, num_empty), (0, 0)))
-        return Nearness(self.weight, near_LED, together_LEE)
+from balance.steps.nearness import Nearness
 
 
 @dataclass(frozen=True)
@@ -90,7 +69,11 @@ def improve_by_swaps(
 
 @dataclass
 class _Table:
-    """Search state; X counts seats: the experts, then one without load for each empty seat."""
+    """Search state.
+
+    X counts seats: the experts, then one without load for each empty seat. Seats x of one place
+    are tried against all X, in the layers l that are still open.
+    """
 
     num_experts: int
     load_LBX: np.ndarray
@@ -157,7 +140,10 @@ class _Table:
         member_lx, is_member_lx = self._members(layers, place_l)
         cost_lxX = self._straggler_cost(layers, place_l, member_lx, time_lBG)
         if self.nearness is not None:
-            cost_lxX -= self._travel_saved(layers, place_l, member_lx)
+            place_lX = self.place_of_D[self.rank_LX[layers]]
+            cost_lxX -= self.nearness.saved_by_swaps(
+                layers, place_lX, place_l, member_lx, self.place_of_D
+            )
         legal_lxX = is_member_lx[:, :, None] & self._legal(layers, place_l, member_lx)
         flat = np.where(legal_lxX, cost_lxX, np.inf).reshape(len(layers), -1)
         choice_l = flat.argmin(1)
@@ -168,6 +154,7 @@ class _Table:
         return helps_l
 
     def _members(self, layers: np.ndarray, place_l: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seats of each layer's place, member_lx, and which of them are real, bool [l, x]."""
         here_lX = self.place_of_D[self.rank_LX[layers]] == place_l[:, None]
         most = int(here_lX.sum(1).max())
         member_lx = np.argsort(~here_lX, axis=1, kind="stable")[:, :most]
@@ -176,7 +163,7 @@ class _Table:
     def _straggler_cost(
         self, layers: np.ndarray, place_l: np.ndarray, member_lx: np.ndarray, time_lBG: np.ndarray
     ) -> np.ndarray:
-        """Sum over micro-batches of the slowest place's time after swapping m with x."""
+        """Sum over micro-batches of the slowest place's time after swapping x with X."""
         every = np.arange(len(layers))
         other_lX = self.place_of_D[self.rank_LX[layers]]
         my_pace_l = (1 / self.speed_G[place_l]).astype(np.float32)[:, None, None]
@@ -198,34 +185,8 @@ class _Table:
             cost_lxX += np.maximum(after_lxX, less_lxX, out=after_lxX)
         return cost_lxX
 
-    def _travel_saved(
-        self, layers: np.ndarray, place_l: np.ndarray, member_lx: np.ndarray
-    ) -> np.ndarray:
-        """Weighted travel that swapping m with x saves, per place."""
-        assert self.nearness is not None
-        other_lX = self.place_of_D[self.rank_LX[layers]]
-        pull_lXG = self._pull(layers, other_lX)
-        stay_lX = np.take_along_axis(pull_lXG, other_lX[:, :, None], 2)[:, :, 0]
-        at_mine_lX = np.take_along_axis(pull_lXG, place_l[:, None, None], 2)[:, :, 0]
-        mine_lxG = np.take_along_axis(pull_lXG, member_lx[:, :, None], 1)
-        saved_lxX = np.take_along_axis(mine_lxG, other_lX[:, None, :], 2)
-        saved_lxX -= np.take_along_axis(stay_lX, member_lx, 1)[:, :, None]
-        saved_lxX += (at_mine_lX - stay_lX)[:, None, :]
-        if self.nearness.together_LEE is not None:
-            pair_lXX = self.nearness.together_LEE[layers]
-            saved_lxX -= 2 * np.take_along_axis(pair_lXX, member_lx[:, :, None], 1)
-        return saved_lxX * (self.nearness.weight / self.num_places)
-
-    def _pull(self, layers: np.ndarray, other_lX: np.ndarray) -> np.ndarray:
-        """Travel that an expert saves at each place: its tokens there, its companions there."""
-        assert self.nearness is not None
-        at_place_DG = np.eye(self.num_places)[self.place_of_D]
-        pull_lXG = self.nearness.near_LED[layers] @ at_place_DG
-        if self.nearness.together_LEE is None:
-            return pull_lXG
-        return pull_lXG + self.nearness.together_LEE[layers] @ np.eye(self.num_places)[other_lX]
-
     def _legal(self, layers: np.ndarray, place_l: np.ndarray, member_lx: np.ndarray) -> np.ndarray:
+        """Which swaps of x with X cross places, keep groups and stay in the budget: [l, x, X]."""
         rank_lX = self.rank_LX[layers]
         legal_lxX = np.repeat(
             (self.place_of_D[rank_lX] != place_l[:, None])[:, None, :], member_lx.shape[1], 1
@@ -246,7 +207,7 @@ class _Table:
         my_rank_lx: np.ndarray,
         rank_lX: np.ndarray,
     ) -> np.ndarray:
-        """Experts away from their rank of before, once m and x have traded ranks."""
+        """Experts away from their rank of before, once x and X have traded ranks."""
         before_lX = self.before_LX[layers].copy()
         # A seat without an expert moves for free: it is at home wherever it is.
         before_lX[:, self.num_experts :] = -1
@@ -262,6 +223,7 @@ class _Table:
         return moved_lxX - away_lX[:, None, :]
 
     def _exchange(self, layers: np.ndarray, mine_l: np.ndarray, theirs_l: np.ndarray) -> None:
+        """Trade the ranks of two seats in each layer."""
         rank_l, other_l = self.rank_LX[layers, mine_l], self.rank_LX[layers, theirs_l]
         less_lB = self.load_LBX[layers, :, mine_l] - self.load_LBX[layers, :, theirs_l]
         self.load_LBG[layers, :, self.place_of_D[rank_l]] -= less_lB

@@ -1,4 +1,4 @@
-"""The rooms of balance and who may look into which: the picture of docs/architecture, checked.
+"""The rooms of balance, and who may look into which.
 
      commands ──► compare ──┬──► plan ──► measures
         │                   │      └────► exact

@@ -154,9 +154,7 @@ def test_synthetic_needs_no_file(capsys):
         "packed-already",
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    capsys, trace_path, vllm_path, arguments, message
-):
+def test_bad_input_is_one_line_and_exit_code_2(capsys, trace_path, vllm_path, arguments, message):
     paths = {"TRACE": trace_path, "RECORDING": vllm_path}
     assert main([paths.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
