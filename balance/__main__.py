@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All commands, each with its options."""
     program = _program()
     parser = argparse.ArgumentParser(
         prog=program,
@@ -74,6 +75,7 @@ def _program() -> str:
 
 
 def _version() -> str:
+    """Of the installed distribution."""
     try:
         return version("moe-megakernel")
     except PackageNotFoundError:
@@ -81,6 +83,7 @@ def _version() -> str:
 
 
 def _add_options(command: argparse.ArgumentParser, name: str) -> None:
+    """What a command may be told."""
     _add_input_options(command)
     command.add_argument("--json", action="store_true", help="print JSON only")
     if name != "convert":
@@ -98,6 +101,7 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_input_options(command: argparse.ArgumentParser) -> None:
+    """What to read, and how to pack it."""
     command.add_argument("trace", metavar="TRACE", help='file, folder, or the word "synthetic"')
     command.add_argument("--format", default="auto", choices=("auto", *FORMATS))
     command.add_argument("--num-experts", type=int, help="logical experts, where not recorded")

@@ -91,11 +91,13 @@ def convert_recording(options: Namespace) -> None:
 
 
 def _check_extras(options: Namespace) -> None:
+    """Refuse a picture that could not be drawn, before any work."""
     if options.plot:
         need("matplotlib", "--plot")
 
 
 def _read(options: Namespace, num_ranks: int) -> Trace | formats.Routes:
+    """What the first argument names: synthetic, a trace, or whole sequences."""
     if options.trace == "synthetic":
         return _synthetic(options, num_ranks)
     # Of a single file a bar would show nothing until it is read.
@@ -112,6 +114,7 @@ def _read(options: Namespace, num_ranks: int) -> Trace | formats.Routes:
 
 
 def _read_trace(options: Namespace, num_ranks: int) -> Trace:
+    """The same, packed."""
     return _pack(options, _read(options, num_ranks), num_ranks)
 
 
@@ -124,6 +127,7 @@ def _pack(options: Namespace, recorded: Trace | formats.Routes, num_ranks: int) 
 
 
 def _synthetic(options: Namespace, num_ranks: int) -> Trace:
+    """A trace made up to the sizes that were given."""
     given = {
         "num_experts": options.num_experts,
         "num_layers": options.num_layers,
@@ -138,6 +142,7 @@ def _synthetic(options: Namespace, num_ranks: int) -> Trace:
 
 
 def _topology(options: Namespace) -> Topology:
+    """Equal nodes."""
     if options.nodes < 1 or options.ranks % options.nodes:
         raise ValueError(f"--nodes must divide the {options.ranks} ranks, got {options.nodes}")
     return Topology(options.nodes, options.ranks // options.nodes, options.spare_slots)
@@ -153,14 +158,17 @@ def _make_plan(options: Namespace, trace: Trace, topology: Topology) -> tuple[Pl
 
 
 def _print(options: Namespace, figures: Any, words: str) -> None:
+    """JSON or words."""
     print(json.dumps(figures, indent=2, default=_plain) if options.json else words)
 
 
 def _plain(value: Any) -> Any:
+    """What JSON does not know, as something that it does."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _own_bound(made: Plan) -> str:
+    """The bound that the table cannot show: it holds for this plan's homes only."""
     figures = made.summary()
     return (
         "With its homes and batch-static copies given, this planner's bound is "
@@ -170,6 +178,7 @@ def _own_bound(made: Plan) -> str:
 
 
 def _shape(trace: Trace) -> str:
+    """Sizes of a trace in a line."""
     return (
         f"{trace.num_tokens:,} tokens, {trace.num_micro_batches} micro-batches, "
         f"{trace.num_layers} layers, top-{trace.top_k} of {trace.num_experts}"
@@ -177,6 +186,7 @@ def _shape(trace: Trace) -> str:
 
 
 def _progress(options: Namespace, total: int | None, unit: str, *, quiet: bool = False) -> Any:
+    """A bar on stderr, which JSON goes without."""
     return progress_bar(
         total,
         unit,

@@ -271,6 +271,7 @@ class Plan:
         return trace
 
     def _check_place(self, micro_batch: int, layer: int) -> None:
+        """Is there such a micro-batch and layer?"""
         for name, value, count in (
             ("micro_batch", micro_batch, self.num_micro_batches),
             ("layer", layer, self.num_layers),

@@ -202,6 +202,7 @@ class Trace:
 
 
 def _check_numbers(name: str, values: Any, num_tokens: int) -> np.ndarray:
+    """One number per token, values_T int32, or ValueError."""
     values_T = np.asarray(values)
     if values_T.shape != (num_tokens,) or (num_tokens and values_T.dtype.kind not in "iu"):
         raise ValueError(
@@ -216,6 +217,7 @@ def _check_numbers(name: str, values: Any, num_tokens: int) -> np.ndarray:
 
 
 def _check_mask(row_mask: Any, num_tokens: int) -> np.ndarray:
+    """row_mask_T bool, or ValueError."""
     row_mask_T = np.asarray(row_mask)
     if row_mask_T.shape != (num_tokens,) or row_mask_T.dtype != bool:
         raise ValueError(
@@ -226,6 +228,7 @@ def _check_mask(row_mask: Any, num_tokens: int) -> np.ndarray:
 
 
 def _check_weights(weights: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """weights_TLK, or ValueError."""
     weights_TLK = np.asarray(weights)
     if weights_TLK.shape != shape or weights_TLK.dtype.kind != "f":
         raise ValueError(
@@ -238,6 +241,7 @@ def _check_weights(weights: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _refuse_bad_ids(report: TraceReport, trace: Trace) -> None:
+    """ValueError when ids would be miscounted; missing ones (-1) are fine."""
     if report.num_out_of_range:
         raise ValueError(
             f"ids_TLK must lie in [0, {trace.num_experts}) or be -1, got "

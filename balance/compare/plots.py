@@ -148,6 +148,7 @@ def plot_plan(
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure with its axes."""
     # Here, so that importing balance does not need matplotlib; no display is asked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -158,11 +159,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path, label: str) -> None:
+    """Write a figure under the name of the trace."""
     figure.suptitle(label, fontsize=10, color=_GREY)
     figure.savefig(path, dpi=150)
 
 
 def _machine(topology: Topology) -> str:
+    """A topology in words."""
     nodes = "1 node" if topology.num_nodes == 1 else f"{topology.num_nodes} nodes"
     spare = topology.spare_slots_per_rank
     slots = "1 spare slot" if spare == 1 else f"{spare} spare slots"

@@ -168,6 +168,7 @@ def check_loads(name: str, load: Any) -> np.ndarray:
 
 
 def _slowest_and_ideal(load_R: Any, speed_R: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Time of the slowest rank, and the time if all took equally long: [...] each."""
     load_R = check_loads("load_R", load_R)
     if speed_R is None:
         return load_R.max(-1), load_R.mean(-1)

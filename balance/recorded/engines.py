@@ -123,6 +123,7 @@ def _sglang_payloads(
 
 
 def _from_base64(payload: str | bytes) -> bytes:
+    """The bytes of a payload, or ValueError."""
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, TypeError) as error:

@@ -106,6 +106,7 @@ def deal_to_ranks(length_S: np.ndarray, micro_batch_S: np.ndarray, num_ranks: in
 
 
 def _check_starts(sequence_start: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Length of each sequence, length_S int64, or ValueError."""
     starts = np.asarray(sequence_start)
     if starts.ndim != 1 or starts.dtype.kind not in "iu" or not len(starts):
         raise ValueError(

@@ -147,6 +147,7 @@ def select_layers(ids_TLK: np.ndarray, moe_layers: Sequence[int] | None) -> np.n
 
 
 def _layer_numbers(moe_layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Numbers in the model of the layers that were kept."""
     return tuple(range(num_layers) if moe_layers is None else moe_layers)
 
 

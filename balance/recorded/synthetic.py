@@ -86,6 +86,8 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class _Sequences:
+    """Decided before any routing: tokens, domain, micro-batch and rank of each sequence."""
+
     length_S: np.ndarray
     domain_S: np.ndarray
     micro_batch_S: np.ndarray
