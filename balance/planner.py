@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from balance.measures.traffic import chosen_together
-from balance.plan import Plan, PlanOptions
+from balance.options import PlanOptions
+from balance.plan import Plan
 from balance.steps.candidate import Candidate, make_candidate
 from balance.steps.homes import rehome, reorder_homes
 from balance.steps.loads import Batch, previous_homes

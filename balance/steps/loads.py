@@ -5,7 +5,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from balance.plan import Plan, PlanOptions
+from balance.options import PlanOptions
+from balance.plan import Plan
 from balance.steps.present import Present
 from balance.topology import Topology
 from balance.trace import Trace

@@ -17,11 +17,11 @@ def tensors(problem):
 def holds_FXD(home_FX, copy_FJ, rank_of_J, num_ranks):
     """[F, X, D] bool, the obvious way."""
     holds = np.zeros((*home_FX.shape, num_ranks), dtype=bool)
-    for n, x in np.ndindex(*home_FX.shape):
-        holds[n, x, home_FX[n, x]] = True
-    for n, s in np.ndindex(*copy_FJ.shape):
-        if copy_FJ[n, s] >= 0:
-            holds[n, copy_FJ[n, s], rank_of_J[s]] = True
+    for f, x in np.ndindex(*home_FX.shape):
+        holds[f, x, home_FX[f, x]] = True
+    for f, j in np.ndindex(*copy_FJ.shape):
+        if copy_FJ[f, j] >= 0:
+            holds[f, copy_FJ[f, j], rank_of_J[j]] = True
     return holds
 
 
@@ -45,13 +45,13 @@ def rank_load_FD(problem, quota_FJ):
     load_FX, home_FX, copy_FJ, rank_of_J, speed_D = problem
     load_FD = np.zeros((len(load_FX), len(speed_D)), dtype=np.int64)
     rest_FX = load_FX.copy()
-    for n, s in np.ndindex(*copy_FJ.shape):
-        if copy_FJ[n, s] >= 0:
-            rest_FX[n, copy_FJ[n, s]] -= quota_FJ[n, s]
-            load_FD[n, rank_of_J[s]] += quota_FJ[n, s]
+    for f, j in np.ndindex(*copy_FJ.shape):
+        if copy_FJ[f, j] >= 0:
+            rest_FX[f, copy_FJ[f, j]] -= quota_FJ[f, j]
+            load_FD[f, rank_of_J[j]] += quota_FJ[f, j]
     assert (rest_FX >= 0).all()
-    for n, x in np.ndindex(*load_FX.shape):
-        load_FD[n, home_FX[n, x]] += rest_FX[n, x]
+    for f, x in np.ndindex(*load_FX.shape):
+        load_FD[f, home_FX[f, x]] += rest_FX[f, x]
     return load_FD
 
 
@@ -60,9 +60,9 @@ def rank_load_FD(problem, quota_FJ):
 def test_subset_formula_equals_the_linear_program(problem):
     load_FX, home_FX, copy_FJ, rank_of_J, speed_D = problem
     level_F, _ = split.bottleneck(*tensors(problem))
-    for n, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
-        truth = level_by_linear_program(load_FX[n], holds_XD, speed_D)
-        assert level_F[n].item() == pytest.approx(truth, rel=1e-9, abs=1e-9)
+    for f, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
+        truth = level_by_linear_program(load_FX[f], holds_XD, speed_D)
+        assert level_F[f].item() == pytest.approx(truth, rel=1e-9, abs=1e-9)
 
 
 @given(problem=split_problems())
@@ -70,11 +70,11 @@ def test_subset_formula_equals_the_linear_program(problem):
 def test_flow_equals_the_subset_formula(problem):
     load_FX, home_FX, copy_FJ, rank_of_J, speed_D = problem
     level_F, _ = split.bottleneck(*tensors(problem))
-    for n, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
-        level, tight_D = flow.best_level(load_FX[n].astype(float), holds_XD, speed_D)
-        assert level == pytest.approx(level_F[n].item(), rel=1e-9, abs=1e-9)
+    for f, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
+        level, tight_D = flow.best_level(load_FX[f].astype(float), holds_XD, speed_D)
+        assert level == pytest.approx(level_F[f].item(), rel=1e-9, abs=1e-9)
         inside_X = ~(holds_XD & ~tight_D).any(1)
-        assert load_FX[n, inside_X].sum() / speed_D[tight_D].sum() == pytest.approx(
+        assert load_FX[f, inside_X].sum() / speed_D[tight_D].sum() == pytest.approx(
             level, abs=1e-9
         )
 
@@ -84,11 +84,11 @@ def test_flow_equals_the_subset_formula(problem):
 def test_the_tight_set_proves_the_level(problem):
     load_FX, home_FX, copy_FJ, rank_of_J, speed_D = problem
     level_F, tight_FD = split.bottleneck(*tensors(problem))
-    for n, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
-        tight_D = tight_FD[n].numpy()
+    for f, holds_XD in enumerate(holds_FXD(home_FX, copy_FJ, rank_of_J, len(speed_D))):
+        tight_D = tight_FD[f].numpy()
         inside_X = ~(holds_XD & ~tight_D).any(1)
-        proof = load_FX[n, inside_X].sum() / speed_D[tight_D].sum()
-        assert proof == pytest.approx(level_F[n].item(), rel=1e-12)
+        proof = load_FX[f, inside_X].sum() / speed_D[tight_D].sum()
+        assert proof == pytest.approx(level_F[f].item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("num_ranks_of_table", [8, 0], ids=["by table", "by flow"])
