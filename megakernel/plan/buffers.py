@@ -4,7 +4,7 @@ The kernel receives these as they are, named tuples inside a named tuple; what a
 use is None. :class:`Sizes` is made on the device, from the integers of the launch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
