@@ -13,9 +13,12 @@ from megakernel.plan.buffers import flatten
 from megakernel.plan.forward import SEGMENTS
 from megakernel.plan.machine import Machine
 from megakernel.plan.machine_memory import UNWRITTEN
-from megakernel.plan.schedule import count_row_tiles
+from megakernel.plan.schedule import Schedule, count_row_tiles
+from tests.helpers.cases import SHAPES, Case, name_of
 from tests.helpers.compare import assert_same_bits, relative_error
 from tests.helpers.dialects import DIALECTS, Dialect, make_dialect
+from tests.helpers.inputs import make_inputs
+from tests.helpers.specs import live_call
 
 # The most that the kernel, which sums in float32, may be off the machine, which sums in float64,
 # in units of the buffer's rounding step: in the root mean square of a buffer, and in the greatest.
@@ -59,19 +62,27 @@ def test_every_list_has_a_dialect() -> None:
     assert all(one.reason for one in DIALECTS)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
-def test_the_kernel_leaves_in_every_buffer_what_the_machine_does(dialect: Dialect) -> None:
-    call = make_dialect(dialect)
+def assert_same_buffers(call: Call) -> None:
+    """Fail unless machine and kernel leave the same in every buffer that they write."""
     machine = machine_of(call)
     machine.run()
     memory = machine.memory
-    found = kernel_buffers(call, set(memory.writer))
-    for name, tensor in found.items():
+    for name, found in kernel_buffers(call, set(memory.writer)).items():
         expected, written = memory.values[name], memory.written(name)
-        if tensor.is_floating_point():
-            assert_close(name, actual=tensor, expected=expected, written=written)
+        if found.is_floating_point():
+            assert_close(name, actual=found, expected=expected, written=written)
         else:
-            assert_same_bits(actual=tensor, expected=expected)
+            assert_same_bits(actual=found, expected=expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
+def test_the_kernel_leaves_in_every_buffer_what_the_machine_does(dialect: Dialect) -> None:
+    assert_same_buffers(make_dialect(dialect))
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=name_of)
+def test_and_so_it_does_for_every_shape(case: Case) -> None:
+    assert_same_buffers(live_call(make_inputs(case)))
 
 
 def test_dialects_that_drop_choices_do() -> None:
@@ -83,6 +94,42 @@ def test_dialects_that_drop_choices_do() -> None:
         dropped[name] = int((ids_TK < 0).sum())
     assert dropped.pop("live") == 0
     assert all(0 < count < 2 * 37 for count in dropped.values()), dropped
+
+
+# Kinds of counter that a list waits for: where all ids are -1, there is too little to read.
+NUM_AWAITED = {
+    ("layer", "live"): 5,
+    ("layer", "given"): 5,
+    ("layer", "replay"): 3,
+    ("rows", "given"): 4,
+    ("rows", "replay"): 1,
+}
+WAITING = [one for one in DIALECTS if one.stages != "combine" and one.skip != "all"]
+
+
+@pytest.mark.parametrize("dialect", WAITING, ids=[one.name for one in WAITING])
+def test_no_wait_can_be_left_out(dialect: Dialect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker runs the list in order, and still the machine sees each missing wait."""
+    call = make_dialect(dialect)
+    spec, waits = make_spec(call), Schedule.waits
+
+    def kind_of(counter: int) -> int:
+        return min(counter, spec.FIRST_COLUMN_GROUP) + (counter >= spec.first_tile_counter)
+
+    whole = machine_of(call)
+    whole.run()
+    kinds = {kind_of(counter) for counter in whole.awaited}
+    assert len(kinds) == NUM_AWAITED[spec.stages, spec.route]
+    for left_out in kinds:
+        monkeypatch.setattr(
+            Schedule,
+            "waits",
+            lambda schedule, task_id, left_out=left_out: [
+                wait for wait in waits(schedule, task_id) if kind_of(wait[0]) != left_out
+            ],
+        )
+        with pytest.raises(RuntimeError, match="without waiting for task"):
+            machine_of(call).run()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
