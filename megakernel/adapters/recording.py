@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from megakernel.adapters.blocks import FusedBlock, LayerState
 from megakernel.adapters.modules import MoELayer, find_layers, read_experts
+from megakernel.api import prepare_replay
 from megakernel.placement import Placement
-from megakernel.replay import Replay, prepare_replay
+from megakernel.replay import Replay
 
 
 class RoutingRecord:
