@@ -32,7 +32,6 @@ topology = Topology(num_nodes=1, ranks_per_node=R, spare_slots_per_rank=1)
 plan = make_plan(Trace(ids_TLK, token_T * 0, token_T % R, E), topology)
 load_R = live.load_E.view(R, -1).sum(1).double()
 print(f"imbalance {load_R.max() / load_R.mean():.2f} -> {plan.summary()['imbalance_avg']:.2f}")
-
 placement = Placement.from_plan(plan, micro_batch=0, layer=0, device=device)
 print("expert of each slot, -1 is empty:", placement.expert_of_P.tolist())
 replay = prepare_replay(live.expert_of_TK, E, placement, experts=layer[1])
