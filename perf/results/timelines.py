@@ -8,11 +8,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.tools.timeline import Timeline
 from perf.results.drawing import (
+    BLACK,
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -25,7 +27,8 @@ from perf.results.drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOUR_OF_TASK = dict(zip(NAMES, (SKY, ORANGE, PURPLE, GREEN, VERMILION, BLUE), strict=True))
+COLOURS = (SKY, ORANGE, PURPLE, BLACK, GREEN, GREY, VERMILION, BLUE)
+COLOUR_OF_TASK = dict(zip(NAMES, COLOURS, strict=True))
 SHOWN_WORKERS = 24
 PREDICTED = "us, predicted,"
 PATTERN = "timeline_*.npz"

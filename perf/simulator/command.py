@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megakernel.config import SHIPPED, KernelConfig
+from megakernel.tools.compile_cases import ROUTES
 from megakernel.tools.timeline import Timeline
 from perf.arguments import TRACE_HELP, count, rate
 from perf.measuring.roofline import useful_work
@@ -22,7 +23,6 @@ from perf.results.record import LABEL
 from perf.results.timelines import PREDICTED, Saved, plot_timeline
 from perf.simulator.costs import H200, Machine, MeasuredCosts, RooflineCosts
 from perf.simulator.predict import (
-    MODE_OF_ROUTE,
     Launch,
     TaskCosts,
     describe,
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=count, default=8192)
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
     parser.add_argument("--trace", type=Path, default=RECORDING, help=TRACE_HELP)
-    parser.add_argument("--route", choices=MODE_OF_ROUTE, default="live")
+    parser.add_argument("--route", choices=ROUTES, default="live")
     parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=N", help="change the config"

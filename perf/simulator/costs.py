@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megakernel.plan.schedule import NAMES, Task
+from megakernel.plan.protocol import NAMES
+from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
 from perf.measuring.roofline import ASSUMED_H200, Roofs
 
 ELEMENT_BYTES = 2
+COMMON_NAMES = tuple(name for name in NAMES if not name.startswith("shared"))
 WGMMA_ROWS = 64
 
 
@@ -114,13 +116,13 @@ class RooflineCosts:
     def demand(self, task: Task) -> Demand:
         """Return what a task needs; changes what L2 holds."""
         spec = self.spec
-        if task.kind == spec.FFN1:
+        if task.kind in (spec.FFN1, spec.SHARED_FFN1):
             return self._ffn1(task)
-        if task.kind == spec.FFN2:
+        if task.kind in (spec.FFN2, spec.SHARED_FFN2):
             return self._ffn2(task)
         if task.kind == spec.COMBINE:
             return self.combine()
-        return Demand(0.0, (self.gate_us, self._prefix, self._scatter)[task.kind]())
+        return Demand(0.0, (self.route_us, self._prefix, self._scatter)[task.kind]())
 
     def _ffn1(self, task: Task) -> Demand:
         spec = self.spec
@@ -149,7 +151,7 @@ class RooflineCosts:
         missed += self.read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
         written = rows * spec.block_h * ELEMENT_BYTES
         self._traffic += written
-        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_groups
+        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_column_groups
         busy = min(self.num_workers, tasks)
         return self.gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
 
@@ -183,7 +185,7 @@ class RooflineCosts:
         moved = (1 - hit) * read + spec.combine_tokens * width_bytes
         return Demand(0.0, max(self._read_us(read, busy), latency_us), moved)
 
-    def gate_us(self) -> float:
+    def route_us(self) -> float:
         """Time of one token tile's routing, by the scans and products that its route needs."""
         spec, machine = self.spec, self.machine
         chunks = spec.block_tokens // spec.select_tokens
@@ -245,7 +247,7 @@ class RooflineCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean of each kind of task, as measured.
+    """Mean of each kind of task, as measured; those of a shared expert where there is one.
 
     Attributes:
         us_of_kind: microseconds by the name of the kind.
@@ -254,8 +256,8 @@ class MeasuredCosts:
     us_of_kind: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless every kind is there."""
-        if missing := [name for name in NAMES if name not in self.us_of_kind]:
+        """Raise ValueError unless every kind that all layers have is there."""
+        if missing := [name for name in COMMON_NAMES if name not in self.us_of_kind]:
             raise ValueError(f"us_of_kind must have every kind of task, got none for {missing}")
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:

@@ -6,23 +6,22 @@ are the kernel's own (``megakernel.plan.schedule``).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megakernel.config import KernelConfig
+from megakernel.launch.call import make_spec
 from megakernel.plan.schedule import Schedule, Task
 from megakernel.plan.spec import KernelSpec
-from megakernel.tools.compile_check import CompileCase
+from megakernel.tools.compile_cases import CompileCase, make_call
 from megakernel.tools.models import ModelShape
 from megakernel.tools.timeline import Timeline
 from perf.extras import progress_bar
 from perf.simulator.costs import H200, Demand, Machine, RooflineCosts, Tiles
 from perf.simulator.queue import Play
 
-# The compile checker's word for each route.
-MODE_OF_ROUTE = {"live": "live", "given": "routed", "replay": "replay"}
 TaskCosts = Callable[[Sequence[Task]], list[Demand]]
 
 # Tile shapes that compile for sm_90 without spills in a queue of this kind: rows, gate and up
@@ -75,11 +74,11 @@ def make_tiles(load_E: np.ndarray, block_rows: int) -> Tiles:
     return Tiles(rows, expert_of_tile)
 
 
-def make_spec(model: ModelShape, route: str, config: KernelConfig) -> KernelSpec:
+def spec_of(model: ModelShape, route: str, config: KernelConfig) -> KernelSpec:
     """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
-    spec = CompileCase("rows128", model, MODE_OF_ROUTE[route]).spec
-    shared = {field.name for field in fields(spec)} & {field.name for field in fields(config)}
-    return replace(spec, **{name: getattr(config, name) for name in shared})
+    call = make_call(CompileCase("rows128", model, route))
+    call = replace(call, rule=replace(call.rule, config=config))
+    return replace(make_spec(call), interpreted=False)
 
 
 def make_launch(
@@ -100,7 +99,7 @@ def make_launch(
         route: live, given or replay.
         machine: for the number of workers.
     """
-    spec = make_spec(model, route, config)
+    spec = spec_of(model, route, config)
     tiles = make_tiles(load_E, config.block_rows)
     workers = config.num_workers or machine.num_sms * config.workers_per_sm
     return Launch(Schedule(spec, num_tokens, len(tiles.rows_of_tile)), tiles, workers)

@@ -91,13 +91,12 @@ class Play:
 
     def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
         """Return what a worker polls for a task: for the row tables once, with its first need."""
-        schedule = self.schedule
-        tables = schedule.spec.SCATTER_DONE, schedule.token_tiles
-        waits = [wait for wait in schedule.waits(self.tasks[n]) if wait != tables]
-        if schedule.spec.replay or n < schedule.first_table_task or worker in self.has_tables:
-            return waits
-        self.has_tables.add(worker)
-        return [tables, *waits]
+        waits = self.schedule.waits(n)
+        if n >= self.schedule.first_table_task:
+            if worker in self.has_tables:
+                return waits[1:]
+            self.has_tables.add(worker)
+        return waits
 
     def ask(self, n: int, waits: Sequence[tuple[int, int]]) -> None:
         """Wait for the first counter of a list, poll it, and go on with the rest."""

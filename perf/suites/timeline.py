@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from megakernel.launch.tuned import default_config
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.tools.models import MODELS
 from megakernel.tools.timeline import Timeline, read_timeline
 from perf.measuring.measure import Timing

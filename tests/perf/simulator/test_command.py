@@ -2,7 +2,7 @@
 
 import pytest
 
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from perf.__main__ import main
 from perf.measuring.measure import Timing
 from perf.results import record

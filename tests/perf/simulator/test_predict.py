@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.config import SHIPPED, KernelConfig, why_illegal
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from perf.problems.cases import SHAPES, TINY, Case, make_loads
 from perf.simulator.costs import H200, MeasuredCosts
 from perf.simulator.predict import (
