@@ -139,6 +139,12 @@ def test_a_path_that_is_not_there_is_seen() -> None:
     assert missing(page, ROOT / "docs") == ["perf/nothing.py", "nothing.md"]
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text())
+    assert [name for name in links if not (page.parent / name).exists()] == []
+
+
 def drawn(package: str) -> dict[str, list[str]]:
     """Return the folders in the page's picture of a package, and the modules named in each."""
     picture = re.search(rf"^```text\n{package}/\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
