@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megakernel.api import choose_config
-from megakernel.calls import combine_call, rows_call
 from megakernel.checks.calls import MAX_ROWS, check_call, check_replay, check_runnable, check_size
 from megakernel.checks.tensors import (
     check_contiguous,
@@ -21,6 +20,7 @@ from megakernel.checks.tensors import (
 from megakernel.checks.values import refuse
 from megakernel.config import INTERPRETER, ROWS128, KernelConfig
 from megakernel.experts import Experts
+from megakernel.launch.collect import combine_call, rows_call
 from megakernel.launch.op import launcher
 from megakernel.launch.tuned import at_height
 from megakernel.replay import Replay

@@ -5,10 +5,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megakernel.calls import MoEOutput, combine_call, given_call, routed_call, rows_call
 from megakernel.config import SHIPPED, KernelConfig, default_height
 from megakernel.experts import Experts
 from megakernel.launch.call import Call, make_spec
+from megakernel.launch.collect import (
+    MoEOutput,
+    combine_call,
+    given_call,
+    routed_call,
+    rows_call,
+)
 from megakernel.plan.buffers import Rows, Slots
 from megakernel.plan.spec import KernelSpec
 from megakernel.tools.models import KIND_OF_MODEL, KINDS, MODELS, ModelShape

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megakernel import Experts, Placement, Router, prepare_replay
-from megakernel.calls import combine_call, rows_call
 from megakernel.experts import SharedExpert
 from megakernel.launch.call import Call, make_spec
+from megakernel.launch.collect import combine_call, rows_call
 from megakernel.plan.buffers import Scratch
 from megakernel.plan.schedule import count_row_tiles
 from tests.helpers.cases import Case

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from megakernel import Experts, KernelConfig, Placement, Replay, Router
 from megakernel.api import make_output
-from megakernel.calls import given_call, routed_call, slots_of
 from megakernel.launch.call import Call, make_spec
+from megakernel.launch.collect import given_call, routed_call, slots_of
 from megakernel.plan.schedule import Schedule
 from megakernel.plan.spec import KernelSpec
 from tests.helpers.cases import SHAPES
