@@ -83,7 +83,7 @@ def combine_rows(
         y_CH: [C, H] float32, float16 or bfloat16, contiguous; rows that no token names are not
             read.
         row_of_TK: [T, K] int32 or int64 rows, contiguous; -1 is skipped. T may be 0. A bad row is
-            refused on the CPU; on a GPU, where looking would synchronise, it must not occur.
+            refused on the CPU; on a GPU, or traced, where nobody looks, it must not occur.
         gate_TK: [T, K] float weights, contiguous.
         config: how to cut the work; None for the default.
 
@@ -121,6 +121,6 @@ def check_rows(row_of_TK: Tensor, y_CH: Tensor) -> None:
     check_device("row_of_TK", row_of_TK, y_CH)
     if len(y_CH) > MAX_ROWS:
         raise ValueError(f"y_CH must have fewer than 2^31 rows, got {len(y_CH)}")
-    if row_of_TK.device.type == "cpu":
+    if row_of_TK.device.type == "cpu" and not torch.compiler.is_compiling():
         bad_TK = (row_of_TK < -1) | (row_of_TK >= len(y_CH))
         refuse(bad_TK, row_of_TK, f"must be -1 or in [0, {len(y_CH)})", "row_of_TK")

@@ -103,6 +103,20 @@ def test_the_registered_op_knows_what_each_stage_writes(monkeypatch):
     assert_same_bits(actual=y_TH, expected=direct)
 
 
+@torch.no_grad()
+def test_both_stages_trace_into_one_graph():
+    inputs, (ids_TK, gate_TK) = make_inputs(CASE), draw_routing(CASE)
+    replay = prepare_replay(ids_TK, CASE.E, None, SMALL)
+
+    def stages(x_TH, gate_TK):
+        y_CH = ffn_rows(x_TH, replay, inputs.experts, SMALL)
+        return combine_rows(y_CH, replay.rows.row_of_TK, gate_TK, SMALL)
+
+    traced = torch.compile(stages, fullgraph=True, backend="eager")
+    expected = stages(inputs.x_TH, gate_TK)
+    assert_same_bits(actual=traced(inputs.x_TH, gate_TK), expected=expected)
+
+
 def test_bad_arguments_of_ffn_rows_are_refused():
     inputs, (ids_TK, _) = make_inputs(CASE), draw_routing(CASE)
     x_TH, experts = inputs.x_TH, inputs.experts

@@ -44,6 +44,6 @@ def test_tensors_survive_as_a_list_and_absent_ones_stay_absent():
     ids=["live", "replay", "given"],
 )
 def test_ids_and_weights_are_outputs_only_where_the_launch_makes_them(route, written):
-    outputs = outputs_of(replace(PLAIN, route=route))
+    outputs = outputs_of("layer", route)
     made = {name.removeprefix("routing.") for name in outputs} & {"expert_of_TK", "gate_TK"}
     assert made == written and "y_TH" in outputs
