@@ -5,8 +5,6 @@
 ``LIMITS`` is the only copy of the numbers; the structure tests hold the code to them.
 """
 
-from __future__ import annotations
-
 import ast
 import statistics
 import sys

@@ -109,7 +109,7 @@ def check_router(
     x_TH: Tensor,
     placement: Placement | None,
 ) -> None:
-    """Check the gate's weight and what it is asked for."""
+    """Check the router's weight and what it is asked for."""
     num_experts = experts.num_experts
     check_tensor("router_weight_EH", router_EH, 2)
     check_shape("router_weight_EH", router_EH, (num_experts, x_TH.shape[1]))

@@ -1,7 +1,5 @@
 """hypothesis strategies: machines, and loads for them."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import strategies as st
 

@@ -17,7 +17,17 @@ from torch import Tensor
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megakernel import Experts, Placement, Router, api, moe, moe_routed, prepare_replay
+from megakernel import (
+    Experts,
+    KernelConfig,
+    Placement,
+    Replay,
+    Router,
+    api,
+    moe,
+    moe_routed,
+    prepare_replay,
+)
 from megakernel.config import ROWS16
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch import run as launch
@@ -38,19 +48,34 @@ class RecordingDriver(Sm90):
         self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
 
 
+def stand_in() -> None:
+    """Let this process launch on the driver that only writes down."""
+    triton.runtime.driver.set_active(RecordingDriver())
+    api.check_call = lambda x_TH, experts: None  # it would refuse tensors of the host
+
+
 def draw(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def live() -> None:
+def draw_layer() -> tuple[Tensor, Tensor, Experts, Router]:
+    """Return the arguments of a plain call."""
     experts = Experts(draw(E, 2 * I, H), draw(E, H, I))
-    moe(draw(T, H), draw(E, H), experts, Router(K), config=CONFIG)
+    return draw(T, H), draw(E, H), experts, Router(K)
+
+
+def draw_replay(config: KernelConfig) -> Replay:
+    """Return a replay of evenly spread ids."""
+    return prepare_replay(torch.arange(T * K).view(T, K) % E, E, config=config)
+
+
+def live() -> None:
+    moe(*draw_layer(), config=CONFIG)
 
 
 def replayed_and_timed() -> None:
-    experts, config = Experts(draw(E, 2 * I, H), draw(E, H, I)), replace(CONFIG, record_times=True)
-    replay = prepare_replay(torch.arange(T * K).view(T, K) % E, E, config=config)
-    moe(draw(T, H), draw(E, H), experts, Router(K), replay=replay, config=config)
+    config = replace(CONFIG, record_times=True)
+    moe(*draw_layer(), replay=draw_replay(config), config=config)
 
 
 def routed_like_gpt_oss_with_replicas() -> None:
@@ -90,8 +115,7 @@ def types_of_parameters(ptx: str) -> list[str]:
 
 def main(path: str) -> None:
     """Run the calls; before each launch write what it must pass, and how the kernel takes it."""
-    triton.runtime.driver.set_active(RecordingDriver())
-    api.check_call = lambda x_TH, experts: None  # it would refuse tensors of the host
+    stand_in()
     make_arguments = launch.kernel_arguments
 
     def write_down(call: Call, spec: KernelSpec, workspace: Workspace) -> tuple:

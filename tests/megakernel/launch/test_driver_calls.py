@@ -1,13 +1,11 @@
 """The way of a call to the driver: what Triton's real launcher passes, recorded without a GPU.
 
-A small C library stands in for libcuda (tests/recording_driver.c). So the launcher that Triton
+A small C library stands in for libcuda (tests/helpers/driver). So the launcher that Triton
 generates and compiles for our arguments (named tuples, absent fields, tensor descriptors, plain
 integers) is the one a GPU would get, and the kernel is really compiled for sm_90.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
+
+from tests.helpers.driver.stand_in import CC, build
 
 ROOT = Path(__file__).parents[3]
-CC = shutil.which("cc") or shutil.which("gcc")
-INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 CALLS = ("live", "replayed and timed", "routed like gpt-oss, with replicas")
 
 pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler, as Triton's launcher does")
@@ -29,17 +26,8 @@ pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler, as Trito
 def record(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Make the calls in a process of its own, and return what the driver heard."""
     folder = tmp_path_factory.mktemp("driver")
-    library, path = folder / "libcuda.so.1", folder / "record.jsonl"
-    source = ROOT / "tests" / "helpers" / "driver" / "recording_driver.c"
-    build = [str(CC), "-shared", "-fPIC", f"-I{INCLUDE}", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run([*build, str(source), "-o", str(library)], check=True)
-    environment = os.environ | {
-        "RECORD_TO": str(path),
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "LD_LIBRARY_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),  # nothing linked against this is kept
-    }
-    environment.pop("TRITON_INTERPRET", None)
+    path = folder / "record.jsonl"
+    environment = build(folder, path)
     command = [sys.executable, "-m", "tests.helpers.driver.calls", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
