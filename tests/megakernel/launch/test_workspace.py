@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megakernel.device.queue import INPUT_AT, SCHEDULE_AT, STALL_AT
 from megakernel.errors import MegakernelStall
 from megakernel.launch.workspace import ALIGNMENT_BYTES, Workspace, place, scratch_shapes
+from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
 from tests.helpers.specs import PLAIN_SPEC
 
@@ -40,12 +40,12 @@ def test_tensors_are_aligned_and_do_not_overlap():
 
 def test_a_second_call_of_a_shape_reuses_the_views_and_a_larger_one_grows():
     workspace = Workspace(CPU)
-    first = workspace.scratch(PLAIN_SPEC, 40, 8, torch.half)
+    first = workspace.memory_for(PLAIN_SPEC, 40, 8, torch.half)
     arena = workspace.arena
-    assert workspace.scratch(PLAIN_SPEC, 40, 8, torch.half) is first
-    workspace.scratch(PLAIN_SPEC, 10, 4, torch.half)
+    assert workspace.memory_for(PLAIN_SPEC, 40, 8, torch.half) is first
+    workspace.memory_for(PLAIN_SPEC, 10, 4, torch.half)
     assert workspace.arena is arena
-    workspace.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    workspace.memory_for(PLAIN_SPEC, 400, 80, torch.half)
     assert workspace.arena.numel() > arena.numel()
     assert workspace.outgrown_arenas == []
     assert int(workspace.control.counters.count_nonzero()) == 0
@@ -53,9 +53,9 @@ def test_a_second_call_of_a_shape_reuses_the_views_and_a_larger_one_grows():
 
 def test_memory_a_graph_was_captured_with_is_kept_when_the_workspace_grows():
     workspace = Workspace(CPU)
-    workspace.scratch(PLAIN_SPEC, 10, 4, torch.half)
+    workspace.memory_for(PLAIN_SPEC, 10, 4, torch.half)
     workspace.captured, arena = True, workspace.arena
-    workspace.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    workspace.memory_for(PLAIN_SPEC, 400, 80, torch.half)
     assert any(kept is arena for kept in workspace.outgrown_arenas)
     workspace.outgrown_counters[0].fill_(3)
     workspace.reset()  # after a stall the older graph must find zeros too
@@ -65,34 +65,41 @@ def test_memory_a_graph_was_captured_with_is_kept_when_the_workspace_grows():
 def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch):
     """The device says it is capturing; everything else runs for real."""
     captured, warm = Workspace(CPU), Workspace(CPU)
-    captured.scratch(PLAIN_SPEC, 10, 4, torch.half)
+    captured.memory_for(PLAIN_SPEC, 10, 4, torch.half)
     captured.captured, first_arena = True, captured.arena
-    warm.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    warm.memory_for(PLAIN_SPEC, 400, 80, torch.half)
     spaces = {(CPU, 1): captured, (CPU, 2): warm}
     monkeypatch.setattr("megakernel.launch.workspace._workspaces", spaces)
     monkeypatch.setattr("megakernel.launch.workspace.is_capturing", lambda device: True)
-    scratch = captured.scratch(PLAIN_SPEC, 400, 80, torch.half)
+    memory = captured.memory_for(PLAIN_SPEC, 400, 80, torch.half)
     assert captured.arena is warm.arena and captured.control.counters is warm.control.counters
     assert any(kept is first_arena for kept in captured.outgrown_arenas)
-    assert scratch.h_CI.untyped_storage().data_ptr() == warm.arena.untyped_storage().data_ptr()
+    assert (
+        memory.scratch.h_CI.untyped_storage().data_ptr() == warm.arena.untyped_storage().data_ptr()
+    )
     assert spaces == {(CPU, 1): captured}
     with pytest.raises(RuntimeError, match="before capturing"):
-        captured.scratch(PLAIN_SPEC, 4000, 800, torch.half)
+        captured.memory_for(PLAIN_SPEC, 4000, 800, torch.half)
 
 
 @pytest.mark.parametrize(
     ("at", "words", "error", "message"),
     [
         (
-            STALL_AT,
+            Protocol.STALL_AT,
             [1, 0, 3, 2, 3, 8],
             MegakernelStall,
-            r"task 0 \(gate.*counter 3.*reach 3, saw 2",
+            r"task 0 \(route.*counter 3.*reach 3, saw 2",
         ),
-        (STALL_AT, [1, 14, 9, 0, 1, 2], MegakernelStall, r"task 14 \(combine, .* group 0\)"),
-        (INPUT_AT, [1, 7, 0, 99], ValueError, r"expert_of_TK\[7, 0\].*99"),
-        (INPUT_AT, [2, 7, 1, 3], ValueError, r"expert_of_TK\[7, 1\].*differ.*3"),
-        (INPUT_AT, [3, 7, 1, 3], ValueError, r"slot_of_TK\[7, 1\].*chosen expert.*3"),
+        (
+            Protocol.STALL_AT,
+            [1, 14, 9, 0, 1, 2],
+            MegakernelStall,
+            r"task 14 \(combine, .* group 0\)",
+        ),
+        (Protocol.INPUT_AT, [1, 7, 0, 99], ValueError, r"expert_of_TK\[7, 0\].*99"),
+        (Protocol.INPUT_AT, [2, 7, 1, 3], ValueError, r"expert_of_TK\[7, 1\].*differ.*3"),
+        (Protocol.INPUT_AT, [3, 7, 1, 3], ValueError, r"slot_of_TK\[7, 1\].*chosen expert.*3"),
     ],
     ids=[
         "stall",
@@ -104,11 +111,11 @@ def test_a_second_larger_graph_takes_over_the_memory_of_its_warm_up(monkeypatch)
 )
 def test_a_report_is_raised_once_and_leaves_a_clean_workspace(at, words, error, message):
     workspace = Workspace(CPU)
-    used = workspace.scratch(PLAIN_SPEC, 40, 8, torch.half)
+    used = workspace.memory_for(PLAIN_SPEC, 40, 8, torch.half)
     workspace.control.counters[3] = 9
     report = workspace.control.report
     report[at : at + len(words)] = torch.tensor(words, dtype=torch.int32)
-    report[SCHEDULE_AT] = used.schedule_id
+    report[Protocol.SCHEDULE_AT] = used.schedule_id
     with pytest.raises(error, match=message):
         workspace.raise_errors()
     workspace.raise_errors()
