@@ -1,0 +1,55 @@
+"""All that the race check knows about this project's kernel."""
+
+from dataclasses import replace
+
+import torch
+
+from megakernel.launch.workspace import Workspace, workspace_for
+from megakernel.plan.schedule import Schedule
+from megakernel.plan.spec import KernelSpec
+
+COUNTER_BYTES = 4 * KernelSpec.COUNTER_STRIDE
+
+
+def workspace() -> Workspace:
+    """Return the memory that launches on the CPU share."""
+    return workspace_for(torch.device("cpu"))
+
+
+def claim_address() -> int:
+    """Where workers claim their tasks."""
+    return workspace().control.counters.data_ptr() + KernelSpec.CLAIM * COUNTER_BYTES
+
+
+def latest_schedule() -> Schedule:
+    """Return the task list of the last launch, with the row tiles it really had."""
+    scratch = workspace().latest
+    assert scratch is not None
+    schedule = scratch.schedule
+    if schedule.spec.replay:
+        return schedule
+    assert scratch.rows is not None and scratch.rows.num_tiles_1 is not None
+    num_tiles = int(scratch.rows.num_tiles_1)
+    is_known = 0 <= num_tiles <= schedule.num_tiles  # scatter has written it
+    return replace(schedule, num_tiles=num_tiles) if is_known else schedule
+
+
+def name_task(task: int) -> str | None:
+    """Name a task of the last launch; None past the end of its list."""
+    schedule = latest_schedule()
+    return schedule.describe_task(task) if task < schedule.num_tasks else None
+
+
+def name_counter(address: int) -> str:
+    """Name the counter at an address."""
+    counters = workspace().control.counters
+    number, rest = divmod(address - counters.data_ptr(), COUNTER_BYTES)
+    if rest or not 0 <= address - counters.data_ptr() < 4 * counters.numel():
+        return f"the word at {address:#x}"
+    return latest_schedule().describe_counter(number)
+
+
+def counters_left() -> list[str]:
+    """Name the counters that are not zero."""
+    counters = workspace().control.counters
+    return [name_counter(counters.data_ptr() + 4 * int(word)) for word in counters.nonzero()]

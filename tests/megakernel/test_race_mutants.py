@@ -1,0 +1,31 @@
+"""The race check sees what it is for: every weakness of the kernel in the table turns it red."""
+
+import re
+
+import pytest
+
+from megakernel import MegakernelStall
+from tests.helpers.race.launch import check_launch
+from tests.helpers.race.launches import LAUNCHES
+from tests.helpers.race.mutants import MUTANTS, Mutant
+from tests.helpers.race.record import RaceError
+
+LAUNCH_OF_NAME = {launch.name: launch for launch in LAUNCHES}
+
+
+def marked(mutant: Mutant) -> object:
+    """Leave the mutants that are no sample to ``make test-all``."""
+    return pytest.param(mutant, id=mutant.name, marks=() if mutant.sampled else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mutant", [marked(mutant) for mutant in MUTANTS])
+def test_mutant_is_refused(mutant: Mutant) -> None:
+    with mutant.applied(), pytest.raises((RaceError, MegakernelStall)) as refusal:
+        check_launch(LAUNCH_OF_NAME[mutant.launch], mutant.tasks_per_worker)
+    findings = getattr(refusal.value, "findings", [str(refusal.value)])
+    assert any(re.search(mutant.finding, finding) for finding in findings), findings[:5]
+
+
+def test_mutants_are_named_once() -> None:
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names) >= 20
