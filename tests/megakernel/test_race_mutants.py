@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megakernel import MegakernelStall
-from tests.helpers.race.launch import check_launch
+from tests.helpers.race.launch import assert_no_race
 from tests.helpers.race.launches import LAUNCHES
 from tests.helpers.race.mutants import MUTANTS, Mutant
 from tests.helpers.race.record import RaceError
@@ -21,7 +21,7 @@ def marked(mutant: Mutant) -> object:
 @pytest.mark.parametrize("mutant", [marked(mutant) for mutant in MUTANTS])
 def test_mutant_is_refused(mutant: Mutant) -> None:
     with mutant.applied(), pytest.raises((RaceError, MegakernelStall)) as refusal:
-        check_launch(LAUNCH_OF_NAME[mutant.launch], mutant.tasks_per_worker)
+        assert_no_race(LAUNCH_OF_NAME[mutant.launch], mutant.tasks_per_worker)
     findings = getattr(refusal.value, "findings", [str(refusal.value)])
     assert any(re.search(mutant.finding, finding) for finding in findings), findings[:5]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.race.launch import check_launch
+from tests.helpers.race.launch import assert_no_race
 from tests.helpers.race.launches import LAUNCHES, Launch
 
 SAMPLED = [launch for launch in LAUNCHES if launch.sampled]
@@ -15,7 +15,7 @@ def name_of(launch: Launch) -> str:
 
 @pytest.mark.parametrize("launch", SAMPLED, ids=name_of)
 def test_every_task_is_ordered_by_its_own_waits(launch: Launch) -> None:
-    check_launch(launch, tasks_per_worker=1)
+    assert_no_race(launch, tasks_per_worker=1)
 
 
 @pytest.mark.slow
@@ -24,4 +24,4 @@ def test_every_task_is_ordered_by_its_own_waits(launch: Launch) -> None:
 def test_every_access_is_ordered_however_tasks_are_dealt(
     launch: Launch, tasks_per_worker: int | None
 ) -> None:
-    check_launch(launch, tasks_per_worker)
+    assert_no_race(launch, tasks_per_worker)

@@ -10,7 +10,7 @@ from tests.helpers.race.record import Names, Recorder
 from tests.helpers.race.watch import watch
 
 
-def check_launch(launch: Launch, tasks_per_worker: int | None) -> Any:
+def assert_no_race(launch: Launch, tasks_per_worker: int | None) -> Any:
     """Return the outputs of a launch, if nothing in it is left to luck.
 
     Args:
