@@ -76,7 +76,6 @@ def goes_wrong(launch: Launch, expected: list[Tensor], seed: int) -> bool:
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "prefix awaits one gate task less",
-                "combine awaits one row tile less",
                 "FFN1 signals before its stores",
                 "row tiles share one counter",
             )
