@@ -7,13 +7,14 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 ``TRITON_INTERPRET=1`` before importing, and the same kernel runs in Triton's interpreter.
 """
 
-from megakernel.api import moe, moe_routed
+from megakernel.api import MoEOutput, moe, moe_routed
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
-from megakernel.experts import Experts, MoEOutput, Router, SharedExpert
+from megakernel.experts import Experts, SharedExpert
 from megakernel.launch.workspace import check
 from megakernel.placement import Placement
 from megakernel.replay import Replay, prepare_replay
+from megakernel.router import Router
 
 __all__ = [
     "Experts",

@@ -1,7 +1,6 @@
 """How a launch is cut into tiles: the knobs, their limits, and the default for a problem."""
 
-from dataclasses import astuple, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -32,9 +31,9 @@ class KernelConfig:
         block_rows: height of a row tile; every slot's rows are padded to it.
         block_i: FFN1 output columns per task (as many gate columns and as many up columns).
         block_h: FFN2 output columns per task.
-        step: depth of one GEMM step, along H in FFN1 and the gate, along I in FFN2.
-        block_tokens: tokens per gate and scatter task.
-        block_experts: router columns per gate GEMM.
+        step: depth of one GEMM step, along H in FFN1 and the router, along I in FFN2.
+        block_tokens: tokens per route and scatter task.
+        block_experts: experts per product of the router.
         select_tokens: tokens whose top-k is chosen at once; divides block_tokens.
         combine_tokens: tokens per combine task.
         column_groups: parts of H whose combine runs under the GEMMs of the next part.
@@ -43,7 +42,7 @@ class KernelConfig:
         num_stages: GEMM steps in flight.
         workers_per_sm: workers that fit one multiprocessor; used when num_workers is None.
         max_polls: polls of a counter before a wait gives up; None for the device's default.
-        record_times: whether the launch writes each task's times, for timeline.read_timeline.
+        record_times: whether the launch writes each task's times, for tools.timeline.
     """
 
     num_workers: int | None = None
@@ -67,17 +66,6 @@ class KernelConfig:
         """Raise ValueError on a value that no device can run."""
         if reason := why_illegal(self):
             raise ValueError(reason)
-
-    def encode(self) -> list[int]:
-        """Return the fields as integers, -1 for None (a custom op takes no dataclass)."""
-        return [-1 if value is None else int(value) for value in astuple(self)]
-
-    @classmethod
-    def decode(cls, values: list[int]) -> "KernelConfig":
-        """Invert :meth:`encode`."""
-        decoded: list[Any] = [None if value == -1 else value for value in values]
-        named = dict(zip((field.name for field in fields(cls)), decoded, strict=True))
-        return cls(**named | {"record_times": bool(named["record_times"])})
 
 
 POWERS_OF_TWO = {

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from megakernel.device.dispatch import ID_OUT_OF_RANGE, ID_TWICE, SLOT_OF_OTHER_EXPERT
-from megakernel.device.queue import INPUT_AT, STALL_AT
+from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
 
 
@@ -13,10 +12,10 @@ class MegakernelStall(RuntimeError):  # noqa: N818  (the public name is agreed)
 
 def describe_stall(words: list[int], schedule: Schedule) -> str:
     """Say which task waited for which counter."""
-    _, task, counter, seen, target, num_tiles = words[STALL_AT : STALL_AT + 6]
+    _, task, counter, seen, target, num_tiles = words[Protocol.STALL_AT :][:6]
     schedule = replace(schedule, num_tiles=num_tiles)  # a live launch counts its row tiles itself
     name = schedule.describe_task(task)
-    if counter == schedule.spec.SCATTER_DONE:  # what the task is only the row tables would say
+    if counter == Protocol.SCATTER_DONE:  # what the task is only the row tables would say
         name = f"task {task} (the first of a worker that needs the row tables)"
     return (
         f"{name} waited for {schedule.describe_counter(counter)} "
@@ -26,11 +25,13 @@ def describe_stall(words: list[int], schedule: Schedule) -> str:
 
 def describe_bad_input(words: list[int]) -> str:
     """Say which id or slot the launch skipped, and the rule it broke."""
-    reason, token, choice, value = words[INPUT_AT : INPUT_AT + 4]
+    reason, token, choice, value = words[Protocol.INPUT_AT :][:4]
     rule = {
-        ID_OUT_OF_RANGE.value: "expert_of_TK[{0}, {1}] must be an expert id or -1, got {2}",
-        ID_TWICE.value: "expert_of_TK[{0}, {1}] must differ from the token's other ids, got {2}",
-        SLOT_OF_OTHER_EXPERT.value: (
+        Protocol.ID_OUT_OF_RANGE: "expert_of_TK[{0}, {1}] must be an expert id or -1, got {2}",
+        Protocol.ID_TWICE: (
+            "expert_of_TK[{0}, {1}] must differ from the token's other ids, got {2}"
+        ),
+        Protocol.SLOT_OF_OTHER_EXPERT: (
             "slot_of_TK[{0}, {1}] must be a slot that holds the chosen expert, got {2}"
         ),
     }[reason]

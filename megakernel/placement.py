@@ -1,24 +1,31 @@
 """Where experts lie: which expert each slot holds, and which slot serves each choice."""
 
 from dataclasses import dataclass, field
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megakernel.device.kernel import Slots
+from megakernel.checks.tensors import check_integers
+from megakernel.plan.buffers import Slots
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Experts in slots, reordered and replicated; built once, used for many calls.
 
-    On one device a replica shares its expert's weights, so nothing is copied.
+    On one device a replica shares its expert's weights, so nothing is copied. Two placements are
+    equal if their maps are (which looks at the maps, and on a GPU synchronises).
 
     Attributes:
-        expert_of_P: [P] integer, the expert each slot holds; -1 is an empty slot. Every expert up
-            to the largest id has at least one slot. (vLLM, SGLang: physical_to_logical_map.)
+        expert_of_P: [P] integer, the expert each slot holds; -1 is an empty slot. A placement that
+            holds only some experts, such as a rank's part of a plan, serves replays of ids that
+            it holds. (vLLM, SGLang: physical_to_logical_map.)
         slot_of_TK: [T, K] integer, the slot that serves each choice, or None to let the copies of
             an expert take turns in token order, which splits its tokens evenly.
+
+    Tensors, or NumPy arrays, which become tensors on the CPU.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -26,15 +33,18 @@ class Placement:
 
     expert_of_P: Tensor
     slot_of_TK: Tensor | None = None
-    num_experts: int = field(init=False, repr=False)
     slots: Slots = field(init=False, repr=False)  # the kernel's tables
     slot_int32_TK: Tensor | None = field(init=False, repr=False)  # as the kernel reads it
+    held_experts: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the maps and derive the tables, ahead of any launch."""
-        check_ids("expert_of_P", self.expert_of_P, 1)
+        for name in ("expert_of_P", "slot_of_TK"):
+            if isinstance(getattr(self, name), np.ndarray):
+                object.__setattr__(self, name, torch.from_numpy(getattr(self, name).copy()))
+        check_integers("expert_of_P", self.expert_of_P, 1)
         if self.slot_of_TK is not None:
-            check_ids("slot_of_TK", self.slot_of_TK, 2)
+            check_integers("slot_of_TK", self.slot_of_TK, 2)
             if self.slot_of_TK.device != self.expert_of_P.device:
                 raise ValueError(
                     f"slot_of_TK must be on the device of expert_of_P, {self.expert_of_P.device}, "
@@ -44,22 +54,60 @@ class Placement:
         low = min(experts, default=-1)
         if low < -1:
             raise ValueError(f"expert_of_P must hold expert ids or -1, got {low}")
-        held = set(experts) - {-1}
-        missing = next((e for e in range(max(held, default=0) + 1) if e not in held), None)
-        if missing is not None:
-            raise ValueError(
-                f"expert_of_P must hold every expert, got no slot for expert {missing}"
-            )
-        object.__setattr__(self, "num_experts", len(held))
+        if max(experts, default=-1) < 0:
+            raise ValueError(f"expert_of_P must hold an expert, got {experts}")
         object.__setattr__(self, "slots", make_slots(experts, self.expert_of_P.device))
         slot_TK = self.slot_of_TK
         slot_int32_TK = None if slot_TK is None else slot_TK.int().contiguous()
         object.__setattr__(self, "slot_int32_TK", slot_int32_TK)
+        object.__setattr__(self, "held_experts", frozenset(experts) - {-1})
+
+    @classmethod
+    def from_plan(
+        cls, plan: Any, micro_batch: int, layer: int, device: torch.device | str | None = None
+    ) -> Self:
+        """Return the placement that a plan has for one layer in one micro-batch.
+
+        Args:
+            plan: a ``balance.Plan``, or anything with its ``expert_of_P`` and ``slot_of_TK``.
+            micro_batch: index of the micro-batch.
+            layer: index of the layer among the plan's.
+            device: where the tables shall lie; the CPU by default.
+        """
+        maps = plan.expert_of_P(micro_batch, layer), plan.slot_of_TK(micro_batch, layer)
+        return cls(*(torch.tensor(values, device=device) for values in maps))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both maps are the same."""
+        if not isinstance(other, Placement):
+            return NotImplemented
+        if self.expert_of_P.device != other.expert_of_P.device:
+            return False
+        slots_TK, other_TK = self.slot_int32_TK, other.slot_int32_TK
+        if slots_TK is None or other_TK is None:
+            same_split = slots_TK is other_TK
+        else:
+            same_split = torch.equal(slots_TK, other_TK)
+        return same_split and self.expert_of_P.tolist() == other.expert_of_P.tolist()
+
+    def __hash__(self) -> int:
+        """Equal placements have equal sizes."""
+        return hash((self.num_slots, self.num_experts, self.slot_of_TK is None))
+
+    def missing_of(self, num_experts: int) -> list[int]:
+        """Return the experts of a layer that no slot holds."""
+        return sorted(frozenset(range(num_experts)) - self.held_experts)
 
     @property
     def num_slots(self) -> int:
         """P."""
         return len(self.expert_of_P)
+
+    @property
+    def num_experts(self) -> int:
+        """One more than the largest expert id."""
+        assert self.slots.copies_of_E is not None
+        return len(self.slots.copies_of_E)
 
     @property
     def max_copies(self) -> int:
@@ -68,21 +116,8 @@ class Placement:
         return self.slots.slots_of_EV.shape[1]
 
 
-def check_ids(name: str, ids: Tensor, ndim: int) -> None:
-    """Raise ValueError unless ``ids`` is an integer tensor with ``ndim`` axes."""
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"{name} must be an integer tensor, got {got}")
-    if ids.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(ids.shape)}")
-
-
 def make_slots(experts: list[int], device: torch.device) -> Slots:
-    """Derive the kernel's tables from the expert of each slot.
-
-    Example: experts [1, 0, 1] give copy_of_P [0, 0, 1], copies_of_E [1, 2] and
-    slots_of_EV [[1, -1], [0, 2]].
-    """
+    """Derive the kernel's tables from the expert of each slot; see Slots for an example."""
     slots_of_E: list[list[int]] = [[] for _ in range(max(experts) + 1)]
     copy_of_P = []
     for slot, expert in enumerate(experts):

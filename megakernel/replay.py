@@ -5,11 +5,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megakernel.checks.tensors import check_integers
+from megakernel.checks.values import (
+    check_distinct_ids,
+    check_held,
+    check_known_experts,
+    check_slot_shape,
+    check_slots,
+)
 from megakernel.config import KernelConfig, usual_rows
-from megakernel.device.kernel import Rows, Slots
 from megakernel.experts import Experts
 from megakernel.launch.tuned import default_config
-from megakernel.placement import Placement, check_ids
+from megakernel.placement import Placement
+from megakernel.plan.buffers import Rows, Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,7 @@ def prepare_replay(
     """Build the row tables of a recorded routing, off the critical path (synchronises).
 
     A launch with the result has no histogram, prefix or scatter, and starts its expert FFN at
-    once. Weights stay live: the gate computes them for the given ids, which is the gradient
+    once. Weights stay live: the router computes them for the given ids, which is the gradient
     semantics of Rollout Routing Replay (arXiv 2510.11370).
 
     Args:
@@ -125,10 +133,8 @@ def sort_into_rows(
     rows_of_tile = rows_left.clamp(max=block_rows)
     expert_of_P = placement.expert_of_P if placement else torch.arange(num_experts)
     expert_of_tile = expert_of_P.to(ids_TK.device)[slot_of_tile]
-    rows = Rows(
-        row_A.view(ids_TK.shape).int(), assignment_of_C.int(), expert_of_tile.int(),
-        rows_of_tile.int(),
-    )  # fmt: skip
+    tables = (row_A.view(ids_TK.shape), assignment_of_C, expert_of_tile, rows_of_tile)
+    rows = Rows(*(table.int() for table in tables))
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
     return Replay(ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed)
 
@@ -167,70 +173,19 @@ def stable_rank(class_A: Tensor) -> Tensor:
 
 def check_routing(expert_of_TK: Tensor, num_experts: int, placement: Placement | None) -> None:
     """Raise ValueError on ids or slots that the layer would have to skip (synchronises)."""
-    check_ids("expert_of_TK", expert_of_TK, 2)
+    check_integers("expert_of_TK", expert_of_TK, 2)
     if num_experts < 1:
         raise ValueError(f"num_experts must be positive, got {num_experts}")
     check_distinct_ids(expert_of_TK, num_experts)
     if placement is None:
         return
-    check_experts(placement, num_experts)
+    check_known_experts(placement.num_experts, num_experts)
     if placement.expert_of_P.device != expert_of_TK.device:
         raise ValueError(
             f"placement must be on the device of expert_of_TK, {expert_of_TK.device}, "
             f"got {placement.expert_of_P.device}"
         )
+    check_held(expert_of_TK, placement.missing_of(num_experts))
     if placement.slot_of_TK is not None:
-        check_slot_shape(placement, tuple(expert_of_TK.shape))
+        check_slot_shape(placement.slot_of_TK, tuple(expert_of_TK.shape))
         check_slots(expert_of_TK, placement.slot_of_TK, placement.expert_of_P)
-
-
-def check_distinct_ids(expert_of_TK: Tensor, num_experts: int) -> None:
-    """Raise ValueError on an id outside [-1, E) or one that a token holds twice (synchronises)."""
-    bad_TK = (expert_of_TK < -1) | (expert_of_TK >= num_experts)
-    refuse(bad_TK, expert_of_TK, f"must be -1 or in [0, {num_experts})", "expert_of_TK")
-    ordered_TK = expert_of_TK.sort(dim=1).values
-    twice_T = ((ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)).any(1)
-    if bool(twice_T.any()):
-        token = int(twice_T.nonzero()[0])
-        raise ValueError(
-            f"expert_of_TK[{token}] must not hold an id twice, got {expert_of_TK[token].tolist()}"
-        )
-
-
-def check_slots(expert_of_TK: Tensor, slot_of_TK: Tensor, expert_of_P: Tensor) -> None:
-    """Raise ValueError on a slot that does not hold the chosen expert (synchronises)."""
-    num_slots = len(expert_of_P)
-    in_range_TK = (slot_of_TK >= 0) & (slot_of_TK < num_slots)
-    held_TK = expert_of_P[slot_of_TK.clamp(0, num_slots - 1).long()]
-    bad_TK = (expert_of_TK >= 0) & (~in_range_TK | (held_TK != expert_of_TK))
-    refuse(bad_TK, slot_of_TK, "must be a slot that holds the chosen expert", "slot_of_TK")
-
-
-def check_experts(placement: Placement, num_experts: int) -> None:
-    """Raise ValueError unless the placement holds exactly the layer's experts."""
-    if placement.num_experts < num_experts:
-        raise ValueError(
-            f"expert_of_P must hold all {num_experts} experts, "
-            f"got no slot for expert {placement.num_experts}"
-        )
-    if placement.num_experts > num_experts:
-        raise ValueError(
-            f"expert_of_P must hold ids in [0, {num_experts}), got {placement.num_experts - 1}"
-        )
-
-
-def check_slot_shape(placement: Placement, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless slot_of_TK names a slot for each choice."""
-    assert placement.slot_of_TK is not None
-    if tuple(placement.slot_of_TK.shape) != shape:
-        raise ValueError(
-            f"slot_of_TK must have shape {shape}, got {tuple(placement.slot_of_TK.shape)}"
-        )
-
-
-def refuse(bad_TK: Tensor, values_TK: Tensor, rule: str, name: str) -> None:
-    """Raise ValueError with the place and value of the first bad entry, if there is one."""
-    if bool(bad_TK.any()):
-        token, choice = bad_TK.nonzero()[0].tolist()
-        value = int(values_TK[token, choice])
-        raise ValueError(f"{name}[{token}, {choice}] {rule}, got {value}")

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from megakernel.adapters.families import Family, family_of, read_shared
 from megakernel.adapters.modules import check_experts_module, local, read_experts
-from megakernel.api import moe, moe_routed
+from megakernel.api import MoEOutput, moe, moe_routed
 from megakernel.config import KernelConfig
-from megakernel.experts import MoEOutput
 from megakernel.placement import Placement
 from megakernel.replay import Replay
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from megakernel.adapters.modules import local
-from megakernel.experts import Router, SharedExpert
+from megakernel.experts import SharedExpert
+from megakernel.router import Router
 
 
 @dataclass(frozen=True)

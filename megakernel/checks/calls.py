@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
+from triton import cdiv
 from triton._utils import TRITON_MAX_TENSOR_NUMEL
 
 from megakernel.checks.tensors import (
@@ -14,12 +15,14 @@ from megakernel.checks.tensors import (
     check_shape,
     check_tensor,
 )
+from megakernel.checks.values import check_all_experts, check_known_experts, check_slot_shape
 from megakernel.config import KernelConfig
-from megakernel.experts import Experts, Router
-from megakernel.launch.run import INTERPRETED
+from megakernel.experts import Experts
 from megakernel.placement import Placement
+from megakernel.plan.order import INTERPRETED
 from megakernel.plan.schedule import bound_tiles
-from megakernel.replay import Replay, check_experts, check_slot_shape
+from megakernel.replay import Replay
+from megakernel.router import Router
 
 MAX_SLOTS = 2048
 MAX_ROWS = 2**31 - 1
@@ -57,14 +60,15 @@ def check_placement(
     """Check that a placement fits the layer and the call; its values were checked before."""
     if placement is None:
         return
-    check_experts(placement, experts.num_experts)
+    check_known_experts(placement.num_experts, experts.num_experts)
+    check_all_experts(placement.missing_of(experts.num_experts), experts.num_experts)
     check_device("expert_of_P", placement.expert_of_P, x_TH)
     if placement.num_slots > MAX_SLOTS:
         raise ValueError(
             f"expert_of_P must have at most {MAX_SLOTS} slots, got {placement.num_slots}"
         )
     if placement.slot_of_TK is not None:
-        check_slot_shape(placement, shape_TK)
+        check_slot_shape(placement.slot_of_TK, shape_TK)
 
 
 def check_replay(
@@ -87,7 +91,8 @@ def check_replay(
             f"replay must be prepared for E={experts.num_experts}, got {replay.num_experts}"
         )
     check_device("replay", replay.expert_of_TK, x_TH)
-    if placement is not None and placement is not replay.placement:
+    own = replay.placement
+    if placement is not None and placement is not own and placement != own:
         raise ValueError(
             "placement must be None or the one the replay was prepared with, got another"
         )
@@ -150,7 +155,7 @@ def check_routing_tensors(
 
 
 def check_size(
-    num_tokens: int, top_k: int, num_slots: int, experts: Experts, config: KernelConfig
+    shape_TK: tuple[int, int], placement: Placement | None, experts: Experts, config: KernelConfig
 ) -> None:
     """Refuse calls whose row ids would not fit 32 bits, or whose tiles no interpreter holds."""
     columns = max(2 * config.block_i, config.block_h)
@@ -161,10 +166,12 @@ def check_size(
             f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}: "
             "halve step, or use megakernel.config.INTERPRETER"
         )
+    num_tokens, top_k = shape_TK
+    num_slots = experts.num_experts if placement is None else placement.num_slots
     num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)
     if experts.shared is not None:
-        num_slices = -(-len(experts.shared.up_JH) // experts.down_EHI.shape[2])
-        num_tiles += num_slices * -(-num_tokens // config.block_rows)
+        num_slices = cdiv(len(experts.shared.up_JH), experts.down_EHI.shape[2])
+        num_tiles += num_slices * cdiv(num_tokens, config.block_rows)
     num_rows = num_tiles * config.block_rows
     if num_rows > MAX_ROWS:
         raise ValueError(

@@ -12,17 +12,6 @@ def check_tensor(name: str, tensor: Tensor, ndim: int) -> None:
     check_contiguous(name, tensor)
 
 
-def check_weight(name: str, tensor: Tensor, transposed: bool) -> None:
-    """Raise unless ``tensor`` is floating, has 3 axes and lies in memory as announced."""
-    check_float(name, tensor, 3)
-    if transposed and not tensor.mT.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous after .mT when transposed, got strides {tensor.stride()}"
-        )
-    if not transposed:
-        check_contiguous(name, tensor)
-
-
 def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...], weight: Tensor) -> None:
     """Raise unless ``bias`` is None or a contiguous floating tensor beside the weight."""
     if bias is not None:
@@ -88,3 +77,12 @@ def check_seed(name: str, value: object) -> None:
     """Raise unless ``value`` is an integer in [0, 2^31)."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise ValueError(f"{name} must be an integer in [0, 2^31), got {value!r}")
+
+
+def check_integers(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise ValueError unless ``tensor`` is an integer tensor with ``ndim`` axes."""
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be an integer tensor, got {got}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")

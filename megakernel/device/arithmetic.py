@@ -68,3 +68,17 @@ def gated(gate, up, C: tl.constexpr):
     else:
         result = activate(gate, C) * up
     return result
+
+
+@triton.jit
+def activated(acc, INTERLEAVED: tl.constexpr, C: tl.constexpr):
+    """Turn the sums of gate and up, or of up alone, into h, [block_rows, block_i]."""
+    if not C.expert.has_gate:
+        h = activate(acc, C)
+    elif INTERLEAVED:
+        gate, up = tl.split(acc.reshape(C.interleaved_halves))
+        h = gated(gate, up, C)
+    else:
+        gate, up = tl.split(tl.permute(acc.reshape(C.stacked_halves), (0, 2, 1)))
+        h = gated(gate, up, C)
+    return h

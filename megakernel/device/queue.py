@@ -9,17 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-# Words of the error buffer. A stall is (1, task, counter, value seen, value awaited, row tiles); a
-# refused input is (reason, token, choice, value). The host's copy also says which schedule ran.
-STALL_AT = 0
-SCHEDULE_AT = 7
-INPUT_AT = 8
-ERROR_WORDS = 16
+from megakernel.plan.order import count_counters, signal_of, table_wait_of, task_of, wait_of
 
-_STALL_AT = tl.constexpr(STALL_AT)
-_SCHEDULE_AT = tl.constexpr(SCHEDULE_AT)
-_INPUT_AT = tl.constexpr(INPUT_AT)
-_ERROR_WORDS = tl.constexpr(ERROR_WORDS)
 _NEVER = tl.constexpr(1 << 30)
 
 
@@ -78,14 +69,8 @@ def record_error(control, AT: tl.constexpr, flag, first, second, third, fourth, 
 
 
 @triton.jit
-def record_bad_input(control, reason, token, choice, value):
-    """Report an assignment that the launch skips."""
-    record_error(control, _INPUT_AT, reason, token, choice, value, 0, 0)
-
-
-@triton.jit
-def wait(control, counter, target, task, num_tiles, max_polls, C: tl.constexpr):
-    """Poll ``counter`` until it reaches ``target``; return whether it did.
+def wait(control, counter, least, task, num_tiles, max_polls, C: tl.constexpr):
+    """Poll ``counter`` until it reaches ``least``; return whether it did.
 
     Order: the acquire makes everything published before those signals visible to this worker.
     Limits: gives up after ``max_polls`` polls, or as soon as another worker has; then the claim
@@ -94,20 +79,56 @@ def wait(control, counter, target, task, num_tiles, max_polls, C: tl.constexpr):
     place = control.counters + counter * C.COUNTER_STRIDE
     seen = tl.atomic_add(place, 0, sem="acquire")
     polls = 1
-    while (seen < target) & (polls < max_polls):
+    while (seen < least) & (polls < max_polls):
         seen = tl.atomic_add(place, 0, sem="acquire")
         polls += 1
-        if tl.atomic_add(control.error + _STALL_AT, 0, sem="relaxed") != 0:
+        if tl.atomic_add(control.error + C.STALL_AT, 0, sem="relaxed") != 0:
             polls = max_polls
-    if seen < target:
-        record_error(control, _STALL_AT, 1, task, counter, seen, target, num_tiles)
+    if seen < least:
+        record_error(control, C.STALL_AT, 1, task, counter, seen, least, num_tiles)
         tl.atomic_max(control.counters + C.CLAIM * C.COUNTER_STRIDE, _NEVER, sem="relaxed")
     stamp(control, task, C.READY, C)
-    return seen >= target
+    return seen >= least
 
 
 @triton.jit
-def leave(control, num_workers, num_counters, schedule_id, C: tl.constexpr):
+def count_made_tiles(task, b, size, max_polls, C: tl.constexpr):
+    """Wait for the row tables that this launch makes; return its row tiles, or -1 if it stalls."""
+    counter, least = table_wait_of(size, C)
+    num_tiles = -1
+    if wait(b.control, counter, least, task, size.num_tiles, max_polls, C):
+        num_tiles = tl.load(b.scratch.num_tiles_1)
+    return num_tiles
+
+
+@triton.jit
+def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
+    """Decode a task and wait for all it needs; return (kind, tile, block), kind -1 for nothing.
+
+    There is nothing to do past the end of the list, and where a wait gave up.
+    """
+    NUMBERS: tl.constexpr = C.MOST_WAITS
+    kind, tile, block = task_of(task, size, C)
+    if task >= num_tasks:
+        kind = -1
+    for number in tl.static_range(NUMBERS):
+        counter, least = wait_of(number, kind, tile, block, size, C)
+        if least > 0:  # noqa: SIM102  (one may be known when compiling)
+            if not wait(b.control, counter, least, task, size.num_tiles, max_polls, C):
+                kind = -1
+    return kind, tile, block
+
+
+@triton.jit
+def signal_task(kind, tile, block, b, C: tl.constexpr):
+    """Say that a task is done, if any other waits for it."""
+    counter = signal_of(kind, tile, block, C)
+    if counter >= 0:
+        signal(b.control, counter, C)
+
+
+@triton.jit
+def leave(control, num_workers, schedule_id, size, C: tl.constexpr):
     """Count this worker out; the last one zeroes the counters and hands errors to the host.
 
     Order: acquire and release on the exit counter, so the last worker's zeroes come after every
@@ -116,11 +137,12 @@ def leave(control, num_workers, num_counters, schedule_id, C: tl.constexpr):
     tl.debug_barrier()
     place = control.counters + C.EXIT * C.COUNTER_STRIDE
     if tl.atomic_add(place, 1, sem="acq_rel") == num_workers - 1:
+        num_counters = count_counters(size, C)
         for start in range(0, num_counters, 128):
             counter = start + tl.arange(0, 128)
             tl.store(control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters)
-        word = tl.arange(0, _ERROR_WORDS)
+        word = tl.arange(0, C.ERROR_WORDS)
         error = tl.load(control.error + word)
         if tl.max(tl.where(error != 0, 1, 0), 0) != 0:
-            tl.store(control.report + word, tl.where(word == _SCHEDULE_AT, schedule_id, error))
+            tl.store(control.report + word, tl.where(word == C.SCHEDULE_AT, schedule_id, error))
             tl.store(control.error + word, 0)

@@ -6,9 +6,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megakernel.device.kernel import Control, Rows
-from megakernel.device.queue import ERROR_WORDS, INPUT_AT, SCHEDULE_AT, STALL_AT
 from megakernel.errors import MegakernelStall, describe_bad_input, describe_stall
+from megakernel.plan.buffers import Control, Rows, Scratch
+from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
 from megakernel.plan.spec import KernelSpec
 
@@ -19,16 +19,19 @@ Shape = tuple[int, ...]
 
 
 def scratch_shapes(schedule: Schedule, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
-    """Return shape and dtype of every scratch tensor of a launch."""
+    """Return shape and dtype of every tensor that tasks hand to one another."""
     spec, num_tiles = schedule.spec, schedule.num_tiles
     num_rows = num_tiles * spec.block_rows
-    shapes: dict[str, tuple[Shape, torch.dtype]] = {
-        "h_CI": ((num_rows, spec.intermediate), dtype),
-        "y_CH": ((num_rows, spec.hidden), dtype),
-    }
+    shapes: dict[str, tuple[Shape, torch.dtype]] = {}
+    if spec.has_ffn:
+        shapes["h_CI"] = ((num_rows, spec.intermediate), dtype)
+    if spec.stages == "layer":  # other stages are given it
+        shapes["y_CH"] = ((num_rows, spec.hidden), dtype)
+    if spec.num_slices:
+        shapes["sigmoid_T"] = ((schedule.num_tokens,), torch.float32)
     if spec.timed:
         shapes["times"] = ((1 + schedule.num_tasks, spec.NUM_TIMES), torch.int64)
-    if spec.replay:
+    if not spec.makes_rows:
         return shapes
     integers = {
         "base_GB": (schedule.token_tiles, spec.num_bins),
@@ -55,15 +58,22 @@ def place(shapes: dict[str, tuple[Shape, torch.dtype]]) -> tuple[dict[str, int],
 
 
 @dataclass(frozen=True)
-class Scratch:
-    """Views of the arena for one launch shape."""
+class Memory:
+    """Views of the arena for one launch shape.
+
+    Attributes:
+        schedule_id: place of the schedule among those of the workspace.
+        schedule: what is launched.
+        scratch: what tasks hand to later ones.
+        rows: the row tables; all None where they come with the call.
+        times: None unless the launch is timed.
+    """
 
     schedule_id: int
     schedule: Schedule
-    h_CI: Tensor
-    y_CH: Tensor
-    rows: Rows | None  # None in replay: the tables come with the replay
-    times: Tensor | None  # None unless the launch is timed
+    scratch: Scratch
+    rows: Rows
+    times: Tensor | None
 
 
 @dataclass
@@ -74,8 +84,8 @@ class Workspace:
     arena: Tensor = field(init=False)
     control: Control = field(init=False)
     schedules: list[Schedule] = field(default_factory=list)
-    views: dict[tuple[Schedule, torch.dtype], Scratch] = field(default_factory=dict)
-    latest: Scratch | None = None  # of the last launch, unless that failed
+    views: dict[tuple, Memory] = field(default_factory=dict)
+    latest: Memory | None = None  # of the last launch, unless that failed
     captured: bool = False
     outgrown_arenas: list[Tensor] = field(default_factory=list)
     outgrown_counters: list[Tensor] = field(default_factory=list)
@@ -83,22 +93,26 @@ class Workspace:
     def __post_init__(self) -> None:
         """Allocate the error words; arena and counters grow with the first launch."""
         self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
-        error = torch.zeros(ERROR_WORDS, dtype=torch.int32, device=self.device)
-        report = torch.zeros(ERROR_WORDS, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        error = torch.zeros(Protocol.ERROR_WORDS, dtype=torch.int32, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        report = torch.zeros(Protocol.ERROR_WORDS, dtype=torch.int32, pin_memory=on_gpu)
         self.control = Control(
             torch.zeros(0, dtype=torch.int32, device=self.device), error, report
         )
 
-    def scratch(
+    def memory_for(
         self, spec: KernelSpec, num_tokens: int, num_tiles: int, dtype: torch.dtype
-    ) -> Scratch:
+    ) -> Memory:
         """Return the views for a launch, growing the memory if it has never been so large."""
-        schedule = Schedule(spec, num_tokens, num_tiles)
-        found = self.views.get((schedule, dtype))
-        self.latest = found if found is not None else self._make_scratch(schedule, dtype)
-        return self.latest
+        key = (spec, num_tokens, num_tiles, dtype)
+        found = self.views.get(key)
+        if found is None:
+            found = self._make_memory(Schedule(spec, num_tokens, num_tiles), dtype)
+            self.views[key] = found
+        self.latest = found
+        return found
 
-    def _make_scratch(self, schedule: Schedule, dtype: torch.dtype) -> Scratch:
+    def _make_memory(self, schedule: Schedule, dtype: torch.dtype) -> Memory:
         shapes = scratch_shapes(schedule, dtype)
         offsets, size_bytes = place(shapes)
         self._grow(size_bytes, schedule.num_counters * schedule.spec.COUNTER_STRIDE)
@@ -107,13 +121,10 @@ class Workspace:
             used_bytes = prod(shape) * kind.itemsize
             flat = self.arena[offsets[name] : offsets[name] + used_bytes]
             views[name] = flat.view(kind).view(shape)
-        h_CI, y_CH = views.pop("h_CI"), views.pop("y_CH")
-        times = views.pop("times", None)
-        rows = Rows(**views) if views else None
-        made = Scratch(len(self.schedules), schedule, h_CI, y_CH, rows, times)
+        scratch = Scratch(**{name: views.get(name) for name in Scratch._fields})
+        rows = Rows(**{name: views.get(name) for name in Rows._fields})
         self.schedules.append(schedule)
-        self.views[schedule, dtype] = made
-        return made
+        return Memory(len(self.schedules) - 1, schedule, scratch, rows, views.get("times"))
 
     def _grow(self, arena_bytes: int, counter_words: int) -> None:
         if self.holds(arena_bytes, counter_words):
@@ -136,6 +147,10 @@ class Workspace:
         """Whether the memory is large enough."""
         return arena_bytes <= self.arena.numel() and counter_words <= self.control.counters.numel()
 
+    def fill_scratch(self, byte: int) -> None:
+        """Fill the arena, so that a launch that reads what it has not written shows."""
+        self.arena.fill_(byte)
+
     def reset(self) -> None:
         """Bring counters and error words back to what a launch must find, graphs' included."""
         for words in (self.control.counters, self.control.error, *self.outgrown_counters):
@@ -145,13 +160,14 @@ class Workspace:
     def raise_errors(self) -> None:
         """Raise what an earlier launch reported, once. Does not synchronise."""
         report = self.control.report
-        if not (int(report[STALL_AT]) or int(report[INPUT_AT])):
+        if not (int(report[Protocol.STALL_AT]) or int(report[Protocol.INPUT_AT])):
             return
         words = report.tolist()
         report.zero_()
-        if words[STALL_AT]:
+        if words[Protocol.STALL_AT]:
             self.reset()
-            raise MegakernelStall(describe_stall(words, self.schedules[words[SCHEDULE_AT]]))
+            schedule = self.schedules[words[Protocol.SCHEDULE_AT]]
+            raise MegakernelStall(describe_stall(words, schedule))
         raise ValueError(describe_bad_input(words))
 
 
@@ -197,6 +213,12 @@ def take_warm(device: torch.device, arena_bytes: int, counter_words: int) -> Wor
     if not warm:
         raise RuntimeError(NOT_WARM)
     return _workspaces.pop(max(warm, key=lambda key: _workspaces[key].arena.numel()))
+
+
+def fill_all_scratch(byte: int) -> None:
+    """Fill the scratch of every workspace there is, see :meth:`Workspace.fill_scratch`."""
+    for workspace in _workspaces.values():
+        workspace.fill_scratch(byte)
 
 
 def check() -> None:

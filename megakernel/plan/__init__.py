@@ -1,1 +1,1 @@
-"""What host and device both read: sizes, records, and the order of the tasks. No loads, no tensors made."""
+"""What host and device both read: sizes, records, the order of the tasks; no loads."""

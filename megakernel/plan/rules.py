@@ -1,14 +1,16 @@
-"""What a router and an expert compute, as the compiler must know it."""
+"""What a router and an expert compute, and how a weight lies, as the compiler must know it."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
 
 SCORES = ("softmax", "sigmoid")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
-class GateRule:
-    """How logits become choices and weights; the fields are those of :class:`layer.Router`.
+class RouterRule:
+    """How logits become choices and weights; the fields are those of ``router.Router``.
 
     ``capped`` and ``random_second`` say that a capacity or a seed is given; their values are
     arguments of the launch, so that they can change without compiling again.
@@ -22,30 +24,15 @@ class GateRule:
     capped: bool = False
     random_second: bool = False
 
-    def encode(self) -> list[float]:
-        """Return the fields as numbers (a custom op takes no dataclass)."""
-        return [float(SCORES.index(self.score)), *map(float, astuple(self)[1:])]
-
-    @classmethod
-    def decode(cls, values: list[float]) -> "GateRule":
-        """Invert :meth:`encode`."""
-        score, renormalize, scale, num_groups, top_groups, capped, random_second = values
-        return cls(
-            SCORES[int(score)], bool(renormalize), scale, int(num_groups), int(top_groups),
-            bool(capped), bool(random_second),
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class ExpertRule:
-    """What an expert computes and how its weights lie; see :class:`layer.Experts`."""
+    """What an expert computes; see ``experts.Experts``."""
 
     activation: str = "silu"
     limit: float = 7.0
     has_gate: bool = True
     interleaved: bool = False
-    gate_up_transposed: bool = False
-    down_transposed: bool = False
 
     @property
     def stacked(self) -> int:
@@ -57,12 +44,77 @@ class ExpertRule:
         """Rows of such a matrix that make one column of h."""
         return 2 if self.interleaved else 1
 
-    def encode(self) -> list[float]:
-        """Return the fields as numbers (a custom op takes no dataclass)."""
-        return [float(ACTIVATIONS.index(self.activation)), *map(float, astuple(self)[1:])]
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How the right side of a product lies in memory, and which part of it a task takes.
+
+    An expert's weight is ``stacked`` matrices [height, width], the depth of the product along
+    ``width``. Row r and column d of matrix s of expert e lie at::
+
+        e · expert_stride + s · stack_stride + r · row_stride + d · column_stride
+
+    Attributes:
+        stacked: matrices of an expert: 2 for gate and up, else 1.
+        height, width: of one matrix.
+        block: rows of each matrix that one task takes.
+        tile_rows: rows of the left side.
+        expert_stride, stack_stride, row_stride, column_stride: elements.
+        apart: whether the stacked matrices are tensors of their own, and ``stack_stride`` unused.
+        most_rows, most_columns: of all experts together, where they are cut out of one matrix and
+            the last may be short; 0 where none is.
+        tma: whether the copy engine reads it.
+    """
+
+    stacked: int
+    height: int
+    width: int
+    block: int
+    tile_rows: int
+    expert_stride: int
+    stack_stride: int
+    row_stride: int
+    column_stride: int
+    apart: bool = False
+    most_rows: int = 0
+    most_columns: int = 0
+    tma: bool = False
 
     @classmethod
-    def decode(cls, values: list[float]) -> "ExpertRule":
-        """Invert :meth:`encode`."""
-        activation, limit, *flags = values
-        return cls(ACTIVATIONS[int(activation)], limit, *map(bool, flags))
+    @lru_cache(maxsize=256)  # asked for at every call
+    def of_experts(
+        cls,
+        shape_SXY: tuple[int, int, int],
+        block: int,
+        tile_rows: int,
+        transposed: bool,
+        tma: bool,
+    ) -> Self:
+        """Return the rule of weights [E, stacked · height, width], or of ``mT`` of such in memory.
+
+        Args:
+            shape_SXY: (stacked, height, width).
+            block: rows of each matrix that a task takes.
+            tile_rows: rows of the left side.
+            transposed: whether rows run fastest in memory.
+            tma: whether the copy engine reads them.
+        """
+        stacked, height, width = shape_SXY
+        strides = (height, 1, stacked * height) if transposed else (height * width, width, 1)
+        return cls(stacked, height, width, block, tile_rows, stacked * height * width, *strides,
+                   tma=tma)  # fmt: skip
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows run fastest in memory."""
+        return self.row_stride == 1 and self.column_stride != 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the product that a task makes."""
+        return self.stacked * self.block
+
+    @property
+    def acc_tile(self) -> tuple[int, int]:
+        """[tile_rows, columns]"""
+        return self.tile_rows, self.columns

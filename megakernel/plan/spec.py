@@ -1,34 +1,56 @@
 """What a compiled kernel is specialised on: shapes, tiles, and where the routing comes from."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 import triton
 
-from megakernel.plan.rules import ExpertRule, GateRule
+from megakernel.plan.forward import SEGMENTS, held_kinds
+from megakernel.plan.protocol import Protocol
+from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
 
 
 @dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Protocol):
     """Everything the compiler must know; one compiled kernel per spec and tensor types.
 
-    ``route`` says where the routing comes from: ``"live"`` (the gate chooses), ``"given"`` (ids
-    and weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights live).
-    ``split`` says how a token picks among the copies of its expert: ``"one"`` (slots are experts),
-    ``"even"`` (copies take turns) or ``"slot"`` (the caller names the slot).
+    Fields whose meaning is not said here are those of :class:`megakernel.config.KernelConfig`.
+
+    Attributes:
+        stages: ``"layer"``, ``"rows"`` (the FFN of sorted rows, no combine) or ``"combine"``
+            (of given rows).
+        route: where the routing comes from: ``"live"`` (the router chooses), ``"given"`` (ids
+            and weights are arguments) or ``"replay"`` (ids and row tables are arguments, weights
+            live).
+        split: how a token picks among the copies of its expert: ``"one"`` (slots are experts),
+            ``"even"`` (copies take turns) or ``"slot"`` (the caller names the slot).
+        router, expert: what they compute.
+        gate_up, down: how the weights lie; None in a launch without experts.
+        top_k: K.
+        num_experts: E.
+        num_slots: P.
+        max_copies: V.
+        hidden: H.
+        intermediate: I.
+        shared_width: J, 0 without a shared expert.
+        timed: whether each task's times are kept.
+        interpreted: whether Triton's interpreter runs the kernel.
     """
 
+    stages: str
     route: str
     split: str
-    gate: GateRule
+    router: RouterRule
     expert: ExpertRule
+    gate_up: WeightRule | None
+    down: WeightRule | None
     top_k: int
     num_experts: int
     num_slots: int
     max_copies: int
     hidden: int
     intermediate: int
-    shared_width: int  # J, 0 without a shared expert
+    shared_width: int
     block_rows: int
     block_i: int
     block_h: int
@@ -40,41 +62,76 @@ class KernelSpec:
     column_groups: int
     tile_group: int
     num_stages: int
-    weight_tma: bool
     timed: bool
     interpreted: bool
 
-    # Kinds of task.
-    GATE: ClassVar[int] = 0
-    PREFIX: ClassVar[int] = 1
-    SCATTER: ClassVar[int] = 2
-    FFN1: ClassVar[int] = 3
-    FFN2: ClassVar[int] = 4
-    COMBINE: ClassVar[int] = 5
-    TAIL: ClassVar[int] = 6
+    def __hash__(self) -> int:
+        """Hash once: a spec is a key several times in every call."""
+        return self._hash
 
-    # Counters, in the order they lie in memory; column groups and row tiles follow.
-    CLAIM: ClassVar[int] = 0
-    EXIT: ClassVar[int] = 1
-    GATE_DONE: ClassVar[int] = 2
-    PREFIX_DONE: ClassVar[int] = 3
-    SCATTER_DONE: ClassVar[int] = 4
-    FIRST_GROUP: ClassVar[int] = 5
-    COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
+    @cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
 
-    PREFIX_BINS: ClassVar[int] = 32  # bins per prefix task
+    # The task list.
 
-    # What a timed launch writes for each task, in the order it lies in memory.
-    WORKER: ClassVar[int] = 0
-    CLAIMED: ClassVar[int] = 1
-    READY: ClassVar[int] = 2
-    DONE: ClassVar[int] = 3
-    NUM_TIMES: ClassVar[int] = 4
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """Kinds of task in the order of the list; see forward.py."""
+        segments = SEGMENTS[self.stages, self.route]
+        return tuple(s for s in segments if self.num_slices or s != self.SHARED_FFN1)
 
     @property
-    def replay(self) -> bool:
-        """Whether the row tables are arguments."""
-        return self.route == "replay"
+    def num_segments(self) -> int:
+        """How many there are."""
+        return len(self.segments)
+
+    @cached_property
+    def held(self) -> frozenset[int]:
+        """Kinds of task in the list."""
+        return held_kinds(self.segments)
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether FFN2 and combine are interleaved."""
+        return self.TAIL in self.segments
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether the list runs the experts."""
+        return self.FFN2 in self.held
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether it runs a shared expert."""
+        return self.SHARED_FFN1 in self.held
+
+    @property
+    def has_combine(self) -> bool:
+        """Whether the list sums the rows of each token."""
+        return self.COMBINE in self.held
+
+    @property
+    def has_route(self) -> bool:
+        """Whether the list chooses, checks or weighs."""
+        return self.ROUTE in self.held
+
+    @property
+    def makes_rows(self) -> bool:
+        """Whether the launch sorts assignments into rows itself, and so counts its row tiles."""
+        return self.SCATTER in self.held
+
+    @property
+    def table_segment(self) -> int:
+        """Place of the first segment that needs the row tables."""
+        return self.segments.index(self.FFN1)
+
+    @property
+    def weighs_late(self) -> bool:
+        """Whether the combine has to wait for weights that no other wait of it implies."""
+        return self.route == "replay" and self.has_route
+
+    # Sizes.
 
     @property
     def num_bins(self) -> int:
@@ -102,35 +159,64 @@ class KernelSpec:
         return triton.next_power_of_2(self.top_k)
 
     @property
-    def group_size(self) -> int:
-        """Experts in one of the gate's groups."""
-        return self.num_experts // self.gate.num_groups
+    def experts_per_group(self) -> int:
+        """Experts in one of the router's groups."""
+        return self.num_experts // self.router.num_groups
 
     @property
     def prefix_blocks(self) -> int:
-        """Prefix tasks of a live launch."""
-        return -(-self.num_bins // self.PREFIX_BINS)
+        """Prefix tasks of a launch that makes its rows."""
+        return triton.cdiv(self.num_bins, self.PREFIX_BINS)
 
     @property
     def i_blocks(self) -> int:
         """FFN1 tasks per row tile."""
-        return -(-self.intermediate // self.block_i)
+        return triton.cdiv(self.intermediate, self.block_i)
 
     @property
     def group_blocks(self) -> int:
         """FFN2 tasks per row tile and column group."""
-        h_blocks = -(-self.hidden // self.block_h)
-        return -(-h_blocks // self.column_groups)
+        return triton.cdiv(triton.cdiv(self.hidden, self.block_h), self.column_groups)
 
     @property
-    def num_groups(self) -> int:
+    def num_column_groups(self) -> int:
         """Column groups that hold a column: at most ``column_groups``."""
-        return -(-self.hidden // (self.block_h * self.group_blocks))
+        return triton.cdiv(self.hidden, self.block_h * self.group_blocks)
 
     @property
     def num_slices(self) -> int:
         """Slices of the shared expert, each as wide as a routed one; the last may be short."""
-        return -(-self.shared_width // self.intermediate)
+        return triton.cdiv(self.shared_width, self.intermediate)
+
+    @property
+    def first_tile_counter(self) -> int:
+        """Index of the first row tile's counter."""
+        return self.FIRST_COLUMN_GROUP + self.num_column_groups
+
+    @property
+    def combine_unroll(self) -> int:
+        """Choices whose rows are loaded together."""
+        return min(self.top_k, 8)
+
+    # The shared expert's weights: slices are its experts, cut out of one matrix [J, H] or [H, J].
+
+    @property
+    def shared_gate_up(self) -> WeightRule:
+        """Gate and up, tensors of their own; slices lie one below the other."""
+        stacked, I, H = 2 if self.expert.has_gate else 1, self.intermediate, self.hidden
+        return WeightRule(
+            stacked, I, H, self.block_i, self.block_rows, I * H, 0, H, 1, apart=True,
+            most_rows=self.shared_width if self.shared_width % I else 0,
+        )  # fmt: skip
+
+    @property
+    def shared_down(self) -> WeightRule:
+        """Slices lie side by side."""
+        I, J = self.intermediate, self.shared_width
+        return WeightRule(
+            1, self.hidden, I, self.block_h, self.block_rows, I, 0, J, 1,
+            most_columns=J if J % I else 0,
+        )  # fmt: skip
 
     # Shapes of tiles held in registers, as the device code names them.
 
@@ -156,8 +242,8 @@ class KernelSpec:
 
     @property
     def groups_tile(self) -> tuple[int, int]:
-        """[select_tokens, least power of two that holds the gate's groups]"""
-        return self.select_tokens, triton.next_power_of_2(self.gate.num_groups)
+        """[select_tokens, least power of two that holds the router's groups]"""
+        return self.select_tokens, triton.next_power_of_2(self.router.num_groups)
 
     @property
     def bins_tile(self) -> tuple[int, int]:
@@ -175,53 +261,16 @@ class KernelSpec:
         return (self.PREFIX_BINS,)
 
     @property
-    def gate_up_block(self) -> int:
-        """Rows of a stacked matrix that one FFN1 task takes."""
-        return self.block_i * self.expert.rows_per_column
-
-    @property
-    def gate_up_height(self) -> int:
-        """Rows of a stacked matrix."""
-        return self.intermediate * self.expert.rows_per_column
-
-    @property
-    def ffn1_tile(self) -> tuple[int, int]:
-        """[block_rows, gate and up columns]"""
-        return self.block_rows, self.expert.stacked * self.gate_up_block
-
-    @property
-    def ffn1_halves(self) -> tuple[int, int, int]:
-        """[block_rows, gate or up, block_i], or interleaved [block_rows, block_i, gate or up]"""
-        if self.expert.interleaved:
-            return self.block_rows, self.block_i, 2
-        return self.block_rows, 2, self.block_i
-
-    @property
-    def shared_ffn1_tile(self) -> tuple[int, int]:
-        """[block_rows, gate and up columns]"""
-        return self.block_rows, self.block_i * (2 if self.expert.has_gate else 1)
-
-    @property
-    def shared_ffn1_halves(self) -> tuple[int, int, int]:
+    def stacked_halves(self) -> tuple[int, int, int]:
         """[block_rows, gate or up, block_i]"""
         return self.block_rows, 2, self.block_i
 
     @property
-    def ffn2_tile(self) -> tuple[int, int]:
-        """[block_rows, block_h]"""
-        return self.block_rows, self.block_h
+    def interleaved_halves(self) -> tuple[int, int, int]:
+        """[block_rows, block_i, gate or up]"""
+        return self.block_rows, self.block_i, 2
 
     @property
     def combine_tile(self) -> tuple[int, int]:
         """[combine_tokens, block_h]"""
         return self.combine_tokens, self.block_h
-
-    @property
-    def combine_unroll(self) -> int:
-        """Choices whose rows are loaded together."""
-        return min(self.top_k, 8)
-
-    @property
-    def first_tile_counter(self) -> int:
-        """Index of the first row tile's counter."""
-        return self.FIRST_GROUP + self.num_groups

@@ -27,7 +27,7 @@ from megakernel.device.kernel import moe_kernel
 from megakernel.launch.run import kernel_arguments
 from megakernel.launch.workspace import Workspace
 from megakernel.plan.spec import KernelSpec
-from megakernel.tools.compile_cases import ROUTE_OF_MODE, CompileCase, compile_cases, make_layer
+from megakernel.tools.compile_cases import ROUTES, CompileCase, compile_cases, make_call
 from megakernel.tools.models import MODELS
 from megakernel.tools.sass import Code, CubinReport, read_cubin, workers_per_sm
 
@@ -35,7 +35,7 @@ WGMMA_ROWS = 64  # the least height that wgmma can serve
 NUM_PROCESSES = 2
 SHOWN_LINES = 8
 COLUMNS = (
-    "config", "model", "kind", "mode", "split", "timed", "registers", "spill_bytes",
+    "config", "model", "kind", "route", "split", "timed", "registers", "spill_bytes",
     "shared_bytes",
     "workers_per_sm", "wgmma", "mma", "async_16_byte_loads", "tma_loads", "gemm_loop_local_ops",
 )  # fmt: skip
@@ -59,7 +59,7 @@ class CaseReport:
     """What one case costs.
 
     Attributes:
-        config, model, mode, kind, split, timed: of the case.
+        config, model, route, kind, split, timed: of the case.
         default_for: phases (decode, prefill) in which the config is the default.
         block_rows, block_tokens: heights of the config's row tile and token tile.
         registers: per thread.
@@ -77,7 +77,7 @@ class CaseReport:
 
     config: str
     model: str
-    mode: str
+    route: str
     kind: str
     split: str
     timed: bool
@@ -157,7 +157,8 @@ def compile_case(case: CompileCase) -> CubinReport:
     For a process of its own: the driver stays, and the process must not interpret kernels.
     """
     triton.runtime.driver.set_active(Sm90())
-    arguments = kernel_arguments(make_layer(case), case.spec, 1, Workspace(torch.device("meta")))
+    workspace = Workspace(torch.device("meta"))
+    arguments = kernel_arguments(make_call(case), case.spec, workspace)
     num_workers = max_polls = 1  # runtime values the code does not depend on
     compiled = moe_kernel.warmup(
         *arguments, num_workers, max_polls, C=case.spec, num_warps=case.config.num_warps, grid=(1,)
@@ -184,7 +185,7 @@ def make_report(case: CompileCase, cubin: CubinReport) -> CaseReport:
     return CaseReport(
         config=case.config_name,
         model=case.model.name,
-        mode=case.mode,
+        route=case.route,
         kind=case.kind,
         split=case.split,
         timed=case.timed,
@@ -263,19 +264,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON list, not a table")
     parser.add_argument("--model", choices=MODELS, help="only this model")
     parser.add_argument("--config", choices=SHIPPED, help="only this config")
-    parser.add_argument("--mode", choices=ROUTE_OF_MODE, help="only this mode")
+    parser.add_argument("--route", choices=ROUTES, help="only this route")
     wanted = parser.parse_args(arguments)
     cases = [
         case
         for case in compile_cases()
         if wanted.model in (None, case.model.name)
         and wanted.config in (None, case.config_name)
-        and wanted.mode in (None, case.mode)
+        and wanted.route in (None, case.route)
     ]
     reports = check(cases, lambda line: print(line, file=sys.stderr, flush=True))
     print(format_json(reports) if wanted.json else format_table(reports))
     failures = [
-        f"FAILED {one.config} for {one.model}, {one.mode}, split {one.split}"
+        f"FAILED {one.config} for {one.model}, {one.route}, split {one.split}"
         f"{', timed' if one.timed else ''}: {rule}"
         for one in reports
         for rule in broken_rules(one)

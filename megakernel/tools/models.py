@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megakernel.experts import Experts, Router, SharedExpert
+from megakernel.experts import Experts, SharedExpert
+from megakernel.router import Router
 
 
 @dataclass(frozen=True)

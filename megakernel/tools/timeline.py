@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megakernel.launch.workspace import workspace_for
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Timeline:
 
     Attributes:
         launch_us: time of the whole launch; as measured, from the first claim to the last end.
-        kind_N: kind of each task, an index into ``megakernel.plan.schedule.NAMES``.
+        kind_N: kind of each task, an index into ``megakernel.plan.protocol.NAMES``.
         worker_N: who ran it.
         ask_N: when that worker was done with its task before, and asked for the next; as measured,
             the time of the claim for its first one.
@@ -68,18 +68,17 @@ def read_timeline(device: torch.device) -> Timeline:
     Raises:
         ValueError: unless that launch's config had ``record_times``.
     """
-    scratch = workspace_for(device).latest
-    if scratch is None or scratch.times is None:
+    memory = workspace_for(device).latest
+    if memory is None or memory.times is None:
         raise ValueError(
             "the last launch on this stream must have a config with record_times=True, "
-            f"got {'no launch' if scratch is None else 'record_times=False'}"
+            f"got {'no launch' if memory is None else 'record_times=False'}"
         )
-    schedule = scratch.schedule
-    if scratch.rows is not None:  # a live launch counts its row tiles itself
-        assert scratch.rows.num_tiles_1 is not None
-        schedule = replace(schedule, num_tiles=int(scratch.rows.num_tiles_1))
+    schedule = memory.schedule
+    if memory.scratch.num_tiles_1 is not None:  # such a launch counts its row tiles itself
+        schedule = replace(schedule, num_tiles=int(memory.scratch.num_tiles_1))
     spec = schedule.spec
-    times = scratch.times[1 : 1 + schedule.num_tasks].cpu().numpy()
+    times = memory.times[1 : 1 + schedule.num_tasks].cpu().numpy()
     first = times[:, spec.CLAIMED].min()
     claim_N, start_N, end_N = (
         (times[:, event] - first) * 1e-3 for event in (spec.CLAIMED, spec.READY, spec.DONE)

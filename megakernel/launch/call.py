@@ -1,0 +1,134 @@
+"""One call of the layer: its tensors by owner, its rules and its integers; checked before."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megakernel.config import KernelConfig
+from megakernel.formats import Dense
+from megakernel.plan.buffers import Buffers
+from megakernel.plan.order import INTERPRETED
+from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
+from megakernel.plan.spec import KernelSpec
+
+# Fields of a config that the compiler must know, which a spec has under the same names.
+COMPILED_FIELDS = (
+    "block_rows", "block_i", "block_h", "step", "block_tokens", "block_experts", "select_tokens",
+    "combine_tokens", "column_groups", "tile_group", "num_stages",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CallRule:
+    """What a call is, apart from its tensors: hashable, and text under torch.compile.
+
+    Attributes:
+        stages, route, split: see KernelSpec.
+        router, expert: what they compute.
+        transposed: whether the experts' weights are ``mT`` of contiguous tensors.
+        config: how to cut the work.
+    """
+
+    stages: str
+    route: str
+    split: str
+    router: RouterRule
+    expert: ExpertRule
+    transposed: bool
+    config: KernelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call's arguments, checked.
+
+    Attributes:
+        buffers: tensors; scratch, control and descriptors are the launch's to add.
+        rule: what the call is.
+        num_tiles: row tiles of a replay, without those of the shared expert; 0 otherwise.
+        capacity, seed: of the router, 0 where it has none.
+    """
+
+    buffers: Buffers
+    rule: CallRule
+    num_tiles: int = 0
+    capacity: int = 0
+    seed: int = 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """A tensor with a row per token: the layer's input, or its output where that is all."""
+        tokens = self.buffers.y_TH if self.buffers.x_TH is None else self.buffers.x_TH
+        assert tokens is not None
+        return tokens
+
+
+class LayerSizes(NamedTuple):
+    """What a spec takes from the shapes of a call's tensors."""
+
+    top_k: int
+    num_experts: int
+    num_slots: int
+    max_copies: int
+    hidden: int
+    intermediate: int
+    shared_width: int
+
+
+def sizes_of(b: Buffers) -> LayerSizes:
+    """Read the sizes off the tensors; what a call does not have is 1, a shared expert 0 wide."""
+    top_k = 1 if b.routing.expert_of_TK is None else b.routing.expert_of_TK.shape[1]
+    if b.experts.down_EHI is None:  # the combine of given rows
+        assert b.y_TH is not None and b.rows.row_of_TK is not None
+        return LayerSizes(b.rows.row_of_TK.shape[1], 1, 1, 1, b.y_TH.shape[1], 1, 0)
+    num_experts, hidden, intermediate = b.experts.down_EHI.shape
+    slots = b.slots
+    return LayerSizes(
+        top_k,
+        num_experts,
+        num_experts if slots.expert_of_P is None else len(slots.expert_of_P),
+        1 if slots.slots_of_EV is None else slots.slots_of_EV.shape[1],
+        hidden,
+        intermediate,
+        0 if b.shared.up_JH is None else len(b.shared.up_JH),
+    )
+
+
+def make_spec(call: Call) -> KernelSpec:
+    """Collect what the compiler must know."""
+    b, rule = call.buffers, call.rule
+    if b.experts.down_EHI is None:
+        return _make_spec(rule, sizes_of(b), None, None)
+    assert b.experts.gate_up_E2IH is not None
+    config, expert = rule.config, rule.expert
+    block = config.block_i * expert.rows_per_column
+    gate_up = Dense(b.experts.gate_up_E2IH, rule.transposed)
+    down = Dense(b.experts.down_EHI, rule.transposed)
+    return _make_spec(
+        rule,
+        sizes_of(b),
+        gate_up.rule(expert.stacked, block, config.block_rows),
+        down.rule(1, config.block_h, config.block_rows),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _make_spec(
+    rule: CallRule, sizes: LayerSizes, gate_up: WeightRule | None, down: WeightRule | None
+) -> KernelSpec:
+    compiled = {name: getattr(rule.config, name) for name in COMPILED_FIELDS}
+    return KernelSpec(
+        stages=rule.stages,
+        route=rule.route,
+        split=rule.split,
+        router=rule.router,
+        expert=rule.expert,
+        gate_up=gate_up,
+        down=down,
+        timed=rule.config.record_times,
+        interpreted=INTERPRETED,
+        **sizes._asdict(),
+        **compiled,
+    )

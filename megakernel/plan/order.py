@@ -1,0 +1,250 @@
+"""The order of a launch: which task an id is, what it waits for, what it signals.
+
+Every task waits only for tasks with lower ids, and workers claim ids in order. So the lowest
+unfinished claimed task never waits for an unclaimed one, and the launch finishes for any number of
+workers, resident or not.
+
+These functions are the only home of the order. The kernel calls them on the device, and
+:data:`plain` holds the same source as Python functions, for ``schedule.py``.
+
+Tail: the FFN2 tasks of column group 0, then for each next group its FFN2 tasks, with the combine
+tasks of the group before spread over their second half, then the last group's combine tasks.
+
+How many row tiles there are is known ahead in a replay. A launch that makes its rows knows it when
+its row tables are there, and everything before ``first_table_task`` has its place without it.
+"""
+
+import inspect
+from types import FunctionType, SimpleNamespace
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+
+@triton.jit
+def count_token_tiles(size, C: tl.constexpr):
+    """Return the token tiles of route and scatter."""
+    return tl.cdiv(size.num_tokens, C.block_tokens)
+
+
+@triton.jit
+def count_combine_tiles(size, C: tl.constexpr):
+    """Return the token tiles of one column group's combine."""
+    return tl.cdiv(size.num_tokens, C.combine_tokens)
+
+
+@triton.jit
+def count_shared_tiles(size, C: tl.constexpr):
+    """Return the row tiles of the shared expert, which come before all others."""
+    return C.num_slices * tl.cdiv(size.num_tokens, C.block_rows)
+
+
+@triton.jit
+def count_counters(size, C: tl.constexpr):
+    """Return how many counters the launch uses."""
+    return C.first_tile_counter + size.num_tiles
+
+
+@triton.jit
+def count_of(SEGMENT: tl.constexpr, size, C: tl.constexpr):
+    """Return how many tasks a segment has."""
+    num_ffn2 = size.num_tiles * C.group_blocks * C.num_column_groups
+    num_combine = count_combine_tiles(size, C) * C.num_column_groups
+    num_tasks = num_ffn2 + num_combine  # of TAIL
+    if SEGMENT == C.FFN2:
+        num_tasks = num_ffn2
+    elif SEGMENT == C.COMBINE:
+        num_tasks = num_combine
+    elif SEGMENT == C.PREFIX:
+        num_tasks = C.prefix_blocks
+    elif (SEGMENT == C.ROUTE) | (SEGMENT == C.SCATTER):
+        num_tasks = count_token_tiles(size, C)
+    elif SEGMENT == C.SHARED_FFN1:
+        num_tasks = count_shared_tiles(size, C) * C.i_blocks
+    elif SEGMENT == C.FFN1:
+        num_tasks = (size.num_tiles - count_shared_tiles(size, C)) * C.i_blocks
+    return num_tasks
+
+
+@triton.jit
+def start_of(PLACE: tl.constexpr, size, C: tl.constexpr):
+    """Return the first id of the segment in this place of the list, or its length."""
+    start = 0
+    for place in tl.static_range(PLACE):
+        start += count_of(C.segments[place], size, C)
+    return start
+
+
+@triton.jit
+def count_tasks(size, C: tl.constexpr):
+    """Return the length of the list."""
+    PLACES: tl.constexpr = C.num_segments
+    return start_of(PLACES, size, C)
+
+
+@triton.jit
+def first_table_task(size, C: tl.constexpr):
+    """Return the first id that needs row tables which the launch makes."""
+    PLACE: tl.constexpr = C.table_segment
+    return start_of(PLACE, size, C)
+
+
+@triton.jit
+def phase_of(task, size, C: tl.constexpr):
+    """Return (segment, index within it) of a task id."""
+    segment = C.segments[0]
+    index = task
+    start = 0
+    PLACES: tl.constexpr = C.num_segments
+    for place in tl.static_range(PLACES):
+        segment = tl.where(task >= start, C.segments[place], segment)
+        index = tl.where(task >= start, task - start, index)
+        start += count_of(C.segments[place], size, C)
+    return segment, index
+
+
+@triton.jit
+def tile_of(index, num_tiles, num_blocks, tile_group):
+    """Return (row tile, column block): ``tile_group`` tiles pass before the next weight block."""
+    per_group = tile_group * num_blocks
+    first_tile = index // per_group * tile_group
+    height = min(num_tiles - first_tile, tile_group)
+    within = index % per_group
+    return first_tile + within % height, within // height
+
+
+@triton.jit
+def tail_of(index, size, C: tl.constexpr):
+    """Return (is_combine, column group, index within that group's FFN2 or combine tasks)."""
+    num_ffn2 = size.num_tiles * C.group_blocks
+    num_combine = count_combine_tiles(size, C)
+    both = num_ffn2 + num_combine
+    group = (index + num_combine) // both
+    within = index - max(group * both - num_combine, 0)
+    lead = num_ffn2 // 2
+    spacing = (both - lead) // num_combine
+    combines_before = min(max(within - lead, 0) // spacing, num_combine)
+    is_mixed = (group > 0) & (group < C.num_column_groups)
+    is_turn = (within >= lead) & ((within - lead) % spacing == spacing - 1)
+    is_combine = (group == C.num_column_groups) | (
+        is_mixed & is_turn & (combines_before < num_combine)
+    )
+    if is_combine:
+        if is_mixed:
+            within = combines_before
+        group = group - 1
+    elif is_mixed:
+        within = within - combines_before
+    return is_combine, group, within
+
+
+@triton.jit
+def ffn2_of(group, index, size, C: tl.constexpr):
+    """Return (kind, row tile, H block) of a column group's FFN2 task."""
+    kind = C.FFN2
+    tile, block = tile_of(index, size.num_tiles, C.group_blocks, C.tile_group)
+    if C.num_slices > 0:  # noqa: SIM102  (known when compiling; the next is not)
+        if tile < count_shared_tiles(size, C):
+            kind = C.SHARED_FFN2
+    return kind, tile, group * C.group_blocks + block
+
+
+@triton.jit
+def task_of(task, size, C: tl.constexpr):
+    """Return (kind, tile, block) of a task id; what tile and block count is in protocol.KINDS."""
+    kind, tile = phase_of(task, size, C)
+    block = 0
+    if C.has_tail and kind >= C.TAIL:
+        is_combine, group, index = tail_of(tile, size, C)
+        if is_combine:
+            kind, tile, block = C.COMBINE, index, group
+        else:
+            kind, tile, block = ffn2_of(group, index, size, C)
+    elif kind == C.FFN1:
+        first = count_shared_tiles(size, C)
+        tile, block = tile_of(tile, size.num_tiles - first, C.i_blocks, C.tile_group)
+        tile += first
+    elif C.has_shared and kind == C.SHARED_FFN1:
+        tile, block = tile_of(tile, count_shared_tiles(size, C), C.i_blocks, C.tile_group)
+    elif C.has_ffn and not C.has_tail and kind == C.FFN2:
+        per_group = size.num_tiles * C.group_blocks
+        kind, tile, block = ffn2_of(tile // per_group, tile % per_group, size, C)
+    elif C.has_combine and not C.has_tail and kind == C.COMBINE:
+        block = tile // count_combine_tiles(size, C)
+        tile = tile % count_combine_tiles(size, C)
+    return kind, tile, block
+
+
+@triton.jit
+def table_wait_of(size, C: tl.constexpr):
+    """Return (counter, least value) that a worker waits for ahead of its first table task."""
+    counter = C.SCATTER_DONE
+    return counter, count_token_tiles(size, C)
+
+
+@triton.jit
+def wait_of(NUMBER: tl.constexpr, kind, tile, block, size, C: tl.constexpr):
+    """Return (counter, least value) of a task's first or second wait; least 0 asks for nothing.
+
+    The least value is always the number of signals that the counter gets in the whole launch: a
+    smaller one would promise nothing about any particular signal. What rests on row tables is
+    awaited once by each worker, see :func:`table_wait_of`. Selections, since branches on the kind
+    would compile to a jump through a table.
+    """
+    token_tiles = count_token_tiles(size, C)
+    late = (kind == C.COMBINE) & C.weighs_late
+    counter = C.ROUTE_DONE
+    least = tl.where(late, token_tiles, 0)
+    if NUMBER == 0:
+        is_ffn2 = (kind == C.FFN2) | (kind == C.SHARED_FFN2)
+        counter = tl.where(kind == C.SCATTER, C.PREFIX_DONE, C.ROUTE_DONE)
+        counter = tl.where(is_ffn2, C.first_tile_counter + tile, counter)
+        counter = tl.where(kind == C.COMBINE, C.FIRST_COLUMN_GROUP + block, counter)
+        least = tl.where(kind == C.PREFIX, token_tiles, 0)
+        least = tl.where(kind == C.SCATTER, C.prefix_blocks, least)
+        least = tl.where(is_ffn2, C.i_blocks, least)
+        after_ffn2 = (kind == C.COMBINE) & C.has_ffn
+        least = tl.where(after_ffn2, size.num_tiles * C.group_blocks, least)
+    return counter, least
+
+
+@triton.jit
+def signal_of(kind, tile, block, C: tl.constexpr):
+    """Return the counter a finished task adds one to, or -1."""
+    is_ffn1 = (kind == C.FFN1) | (kind == C.SHARED_FFN1)
+    is_ffn2 = (kind == C.FFN2) | (kind == C.SHARED_FFN2)
+    counter = tl.where(kind == C.ROUTE, C.ROUTE_DONE, -1)
+    counter = tl.where(kind == C.PREFIX, C.PREFIX_DONE, counter)
+    counter = tl.where(kind == C.SCATTER, C.SCATTER_DONE, counter)
+    counter = tl.where(is_ffn1, C.first_tile_counter + tile, counter)
+    return tl.where(is_ffn2, C.FIRST_COLUMN_GROUP + block // C.group_blocks, counter)
+
+
+def _where(condition: bool, chosen: int, other: int) -> int:
+    return chosen if condition else other
+
+
+def as_python(jitted: dict[str, JITFunction | InterpretedFunction]) -> SimpleNamespace:
+    """Return device functions of scalars as Python functions: the same code on integers.
+
+    They see one another, and the few words of Triton's language that they use mean their Python.
+    """
+    language = SimpleNamespace(cdiv=triton.cdiv, static_range=range, where=_where)
+    names: dict[str, object] = {"tl": language}
+    for name, function in jitted.items():
+        names[name] = FunctionType(inspect.unwrap(function.fn).__code__, names, name)
+    return SimpleNamespace(**names)
+
+
+plain = as_python(
+    {
+        name: value
+        for name, value in dict(globals()).items()
+        if isinstance(value, JITFunction | InterpretedFunction)
+    }
+)
+
+# Chosen once, when Triton is imported: TRITON_INTERPRET=1.
+INTERPRETED = isinstance(count_tasks, InterpretedFunction)

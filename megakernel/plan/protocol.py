@@ -1,0 +1,63 @@
+"""The numbers that host and device agree on: kinds of task, counters, error words, times."""
+
+from typing import ClassVar
+
+# What a task of each kind is called, and what its ``tile`` and ``block`` count.
+KINDS = (
+    ("route", "token tile {tile}"),
+    ("prefix", "block of bins {tile}"),
+    ("scatter", "token tile {tile}"),
+    ("shared FFN1", "row tile {tile}, I block {block}"),
+    ("FFN1", "row tile {tile}, I block {block}"),
+    ("shared FFN2", "row tile {tile}, H block {block}"),
+    ("FFN2", "row tile {tile}, H block {block}"),
+    ("combine", "token tile {tile}, column group {block}"),
+)
+NAMES = tuple(name for name, _ in KINDS)
+
+
+class Protocol:
+    """Constants of every launch; device code reads them through its spec."""
+
+    # Kinds of task, indices into KINDS. TAIL is FFN2 and combine interleaved, and no kind of task.
+    ROUTE: ClassVar[int] = 0
+    PREFIX: ClassVar[int] = 1
+    SCATTER: ClassVar[int] = 2
+    SHARED_FFN1: ClassVar[int] = 3
+    FFN1: ClassVar[int] = 4
+    SHARED_FFN2: ClassVar[int] = 5
+    FFN2: ClassVar[int] = 6
+    COMBINE: ClassVar[int] = 7
+    TAIL: ClassVar[int] = 8
+    MOST_WAITS: ClassVar[int] = 2  # counters a task waits for
+
+    # Counters, in the order they lie in memory; column groups and row tiles follow.
+    CLAIM: ClassVar[int] = 0
+    EXIT: ClassVar[int] = 1
+    ROUTE_DONE: ClassVar[int] = 2
+    PREFIX_DONE: ClassVar[int] = 3
+    SCATTER_DONE: ClassVar[int] = 4
+    FIRST_COLUMN_GROUP: ClassVar[int] = 5
+    COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
+
+    # Words of the error buffer. A stall is (1, task, counter, value seen, value awaited, row
+    # tiles); a refused input is (reason, token, choice, value). The host's copy also says which
+    # schedule ran.
+    STALL_AT: ClassVar[int] = 0
+    SCHEDULE_AT: ClassVar[int] = 7
+    INPUT_AT: ClassVar[int] = 8
+    ERROR_WORDS: ClassVar[int] = 16
+
+    # Reasons of a refused input; their texts are in errors.py.
+    ID_OUT_OF_RANGE: ClassVar[int] = 1
+    ID_TWICE: ClassVar[int] = 2
+    SLOT_OF_OTHER_EXPERT: ClassVar[int] = 3
+
+    # What a timed launch writes for each task, in the order it lies in memory.
+    WORKER: ClassVar[int] = 0
+    CLAIMED: ClassVar[int] = 1
+    READY: ClassVar[int] = 2
+    DONE: ClassVar[int] = 3
+    NUM_TIMES: ClassVar[int] = 4
+
+    PREFIX_BINS: ClassVar[int] = 32  # bins per prefix task
