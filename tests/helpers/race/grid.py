@@ -8,6 +8,8 @@ from unittest import mock
 
 from triton.runtime import interpreter
 
+from tests.helpers.interpreter import make_fast
+
 builder = interpreter.interpreter_builder
 
 
@@ -59,29 +61,10 @@ def programs_run_by(runner: Runner) -> Iterator[None]:
         def _restore_args_dev(self, *_: Any) -> None:
             pass
 
-    with (
-        mock.patch.object(interpreter, "GridExecutor", Executor),
-        mock.patch.object(interpreter, "_patch_lang", once_per_module(interpreter._patch_lang)),
-    ):
+    make_fast()
+    with mock.patch.object(interpreter, "GridExecutor", Executor):
         yield
     assert launches, "expected one launch, got none"
-
-
-def once_per_module(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return ``patch``, done for the first function of each module.
-
-    It remaps the modules that a function's module imports. The interpreter does so at every call
-    of a device function, which takes half of its time.
-    """
-    done = {}
-
-    def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module not in done:
-            done[module] = patch(function)
-        return done[module]
-
-    return patch_once
 
 
 @contextmanager

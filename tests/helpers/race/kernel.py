@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 from megakernel.launch.workspace import Workspace, workspace_for
+from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
-from megakernel.plan.spec import KernelSpec
 
-COUNTER_BYTES = 4 * KernelSpec.COUNTER_STRIDE
+COUNTER_BYTES = 4 * Protocol.COUNTER_STRIDE
 
 
 def workspace() -> Workspace:
@@ -18,18 +18,17 @@ def workspace() -> Workspace:
 
 def claim_address() -> int:
     """Where workers claim their tasks."""
-    return workspace().control.counters.data_ptr() + KernelSpec.CLAIM * COUNTER_BYTES
+    return workspace().control.counters.data_ptr() + Protocol.CLAIM * COUNTER_BYTES
 
 
 def latest_schedule() -> Schedule:
     """Return the task list of the last launch, with the row tiles it really had."""
-    scratch = workspace().latest
-    assert scratch is not None
-    schedule = scratch.schedule
-    if schedule.spec.replay:
+    memory = workspace().latest
+    assert memory is not None
+    schedule = memory.schedule
+    if memory.scratch.num_tiles_1 is None:
         return schedule
-    assert scratch.rows is not None and scratch.rows.num_tiles_1 is not None
-    num_tiles = int(scratch.rows.num_tiles_1)
+    num_tiles = int(memory.scratch.num_tiles_1)
     is_known = 0 <= num_tiles <= schedule.num_tiles  # scatter has written it
     return replace(schedule, num_tiles=num_tiles) if is_known else schedule
 
