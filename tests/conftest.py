@@ -5,9 +5,12 @@ Triton's interpreter otherwise. That has to be chosen before anything imports Tr
 one or the other; tests of balance and reference import it at no time.
 """
 
+import importlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 
 import pytest
 import torch
@@ -38,6 +41,25 @@ def pytest_configure(config: pytest.Config) -> None:
     selects_gpu = "gpu" in selected and "not gpu" not in selected
     if not (selects_gpu and torch.cuda.is_available()):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+SHOWN = ("torch", "triton", "numpy", "transformers", "hypothesis")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which versions run, once, also under ``-q``, which hides pytest's own header."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):
+        versions = ", ".join(f"{name} {version_of(name)}" for name in SHOWN)
+        reporter.write_line(f"Python {platform.python_version()}, {versions}")
+
+
+def version_of(distribution: str) -> str:
+    """Return an installed version without importing it, or what is missing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def why_no_gpu() -> str | None:
@@ -82,6 +104,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def fast_interpreter() -> None:
+    """Spare Triton's interpreter what it does again and again, as soon as anything imports it."""
+    if "triton.runtime.interpreter" in sys.modules:
+        importlib.import_module("tests.helpers.interpreter").make_fast()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_scratch() -> Iterator[None]:
     """Fill the kernel's scratch with NaN before each test, and when it grows.
 
@@ -91,8 +120,7 @@ def poisoned_scratch() -> Iterator[None]:
     if module is None:  # a test of a package that must not need Triton
         yield
         return
-    for workspace in module._workspaces.values():
-        workspace.arena.fill_(POISON)
+    module.fill_all_scratch(POISON)
     grow = module.Workspace._grow
     module.Workspace._grow = poison_after(grow)
     yield
@@ -106,6 +134,6 @@ def poison_after(grow: Callable[..., None]) -> Callable[..., None]:
         old_arena = workspace.arena
         grow(workspace, arena_bytes, counter_words)
         if workspace.arena is not old_arena:
-            workspace.arena.fill_(POISON)
+            workspace.fill_scratch(POISON)
 
     return grow_poisoned

@@ -96,11 +96,17 @@ def assert_parses(
     assert {option for option in options if option not in printed.out} == set()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "check", "gpu", "bench"])
+MAKE_TARGETS = (
+    "demo", "test", "test-all", "test-newest", "test-oldest", "check", "lint", "metrics", "gpu",
+    "bench",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", MAKE_TARGETS)
 def test_make_runs_programs_that_exist(target: str) -> None:
     assert target in make_targets()
     recipe = re.search(rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)+)", MAKEFILE, re.MULTILINE)
-    modules = re.findall(r"\$\(RUN\) -m ([\w.]+)", recipe[1] if recipe else "")
+    modules = re.findall(r"(?:\$\(RUN\)|/python) -m ([\w.]+)", recipe[1] if recipe else "")
     assert modules
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 

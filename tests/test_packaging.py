@@ -1,5 +1,8 @@
 """What leaves the house: the wheel's contents, and nothing that ties us to one machine."""
 
+import configparser
+import email
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +14,8 @@ import pytest
 from setuptools import find_packages
 
 from tests.helpers.sources import PACKAGES, ROOT, dotted_name, modules_of, tracked_files
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Patterns that do not match themselves.
 REGISTRY = re.compile(
@@ -62,28 +67,74 @@ def test_every_package_is_found_and_typed() -> None:
     assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
 
 
-def test_a_wheel_carries_the_packages_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    tracked = tracked_files()
-    for name in tracked:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    offline = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            *offline,
-            "--wheel-dir",
-            str(tmp_path),
-            str(source),
-        ],
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of the tracked files, with what is installed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in tracked_files():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command = [*pip, "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("moe_megakernel-*.whl")
-    carried = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert carried == {name for name in tracked if name.split("/")[0] in PACKAGES}
+    (built,) = folder.glob("moe_megakernel-*.whl")
+    return built
+
+
+def files_of(wheel: Path) -> dict[str, bytes]:
+    """Return what a wheel holds, by name."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
+    carried = {name for name in files_of(wheel) if ".dist-info/" not in name}
+    assert carried == {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
+    assert "megakernel/launch/tuned.json" in carried
+
+
+def described(wheel: Path, file: str) -> str:
+    """Return a file of the wheel's description."""
+    (text,) = (held for name, held in files_of(wheel).items() if name.endswith(f"-info/{file}"))
+    return text.decode()
+
+
+def test_a_wheel_describes_itself_as_the_project_does(wheel: Path) -> None:
+    said = email.message_from_string(described(wheel, "METADATA"))
+    assert (said["Name"], said["Version"]) == ("moe-megakernel", PROJECT["version"])
+    assert said["Summary"] == PROJECT["description"]
+    assert said["License-Expression"] == "MIT" and said["Requires-Python"] == ">=3.11"
+    assert set(said.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert said.get_all("Classifier") == PROJECT["classifiers"]
+    assert said.get_payload().startswith("# moe-megakernel")
+    base = [need for need in said.get_all("Requires-Dist") if "extra ==" not in need]
+    assert {re.split(r"\W", need)[0] for need in base} == {"numpy", "torch", "triton"}
+
+
+def test_a_wheel_brings_the_planner_as_a_command(wheel: Path) -> None:
+    scripts = configparser.ConfigParser()
+    scripts.read_string(described(wheel, "entry_points.txt"))
+    assert dict(scripts["console_scripts"]) == {"moe-balance": "balance.__main__:main"}
+    module, function = scripts["console_scripts"]["moe-balance"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("package", ["balance", "megakernel"])
+def test_a_package_tells_the_version_of_the_project(package: str) -> None:
+    assert importlib.import_module(package).__version__ == PROJECT["version"]
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_the_planner(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, with what a wheel needs and no extra."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    programs = tmp_path / "venv" / "bin"
+    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", wheel], check=True)
+    here = "from importlib.util import find_spec; import sys; print(*map(find_spec, sys.argv[1:]))"
+    optional = [programs / "python", "-c", here, "tqdm", "scipy", "matplotlib"]
+    assert subprocess.check_output(optional, text=True).split() == ["None"] * 3
+    command = [programs / "moe-balance", "stats", "synthetic"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "imbalance" in done.stdout

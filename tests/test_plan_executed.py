@@ -8,7 +8,8 @@ from balance import Topology, Trace, make_plan
 from megakernel import Placement, moe, prepare_replay
 from reference import moe_by_rank
 from tests.helpers.cases import Case
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, make_inputs
 
 T, E, K, RANKS = 60, 8, 2, 4
 CASE = Case("planned", T, K, E, 48, 32, "experts that a plan copies")

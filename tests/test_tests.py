@@ -1,11 +1,15 @@
 """Tests must be able to fail: each asserts something, and no comparison goes unused."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.sources import FOLDERS, Function, functions_of, modules_of, parse, place
+from tests.helpers.sources import FOLDERS, ROOT, Function, functions_of, modules_of, parse, place
 
 ASSERTING_CALL = re.compile(r"raises|warns|fail|benchmark|assert_\w+|check_call|check_output")
 COMPARISON = re.compile(r"allclose|array_equal|equal|isclose|all|any|isfinite|isnan")
@@ -98,3 +102,27 @@ def test_a_test_that_can_not_fail_is_found(source: str, expected: bool) -> None:
 )
 def test_an_unused_comparison_is_found(source: str, expected: int) -> None:
     assert len(unused_comparisons(ast.parse(source))) == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "test", "status"),
+    [("this", "pass", 0), ("no_such_module", "pass", 1), ("this", "assert 0", 1)],
+    ids=["both pass", "the other fails", "the test fails"],
+)
+def test_what_runs_beside_the_tests_fails_with_them_and_leaves_pytest_the_last_word(
+    beside: str, test: str, status: int, tmp_path: Path
+) -> None:
+    (tmp_path / "test_one.py").write_text(f"def test_one(): {test}")
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    plugin = ["-p", "tests.helpers.beside", "--beside", beside]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", *plugin]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout
+    assert f"python -m {beside} {'failed' if beside != 'this' else 'passed'}" in done.stdout
+    assert re.match(r"1 (passed|failed) in", done.stdout.splitlines()[-1])

@@ -10,7 +10,8 @@ import megakernel
 from megakernel import MoEOutput, Placement, moe, moe_routed, prepare_replay
 from megakernel.config import ROWS16, ROWS64
 from tests.gpu.layers import make_layer
-from tests.helpers.inputs import Inputs, assert_same_bits
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import Inputs
 
 # The warnings of torch's own machinery are not ours to fix.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -18,17 +18,8 @@ from tests.gpu.layers import (
     worst_row_error,
 )
 from tests.helpers.cases import CASES, SHAPES, Case, name_of
-from tests.helpers.inputs import (
-    SMALL,
-    Inputs,
-    assert_same_bits,
-    eager,
-    make_inputs,
-    poison_scratch,
-    relative_error,
-    run,
-    truth,
-)
+from tests.helpers.compare import assert_same_bits, relative_error
+from tests.helpers.inputs import SMALL, Inputs, eager, make_inputs, poison_scratch, run, truth
 
 pytestmark = pytest.mark.gpu
 

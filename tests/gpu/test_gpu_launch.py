@@ -19,7 +19,8 @@ from megakernel import MegakernelStall, Placement, moe, moe_routed, prepare_repl
 from megakernel.launch.workspace import workspace_for
 from megakernel.plan.spec import KernelSpec
 from tests.helpers.cases import SHAPES
-from tests.helpers.inputs import SMALL, Inputs, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, Inputs, make_inputs, run
 
 # The warnings of torch's own machinery are not ours to fix.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -147,12 +148,15 @@ def test_a_slot_of_another_expert_is_skipped_and_reported(cuda: torch.device) ->
 
 STALLS = {
     # Side by side, whoever waits for a task that waits for it may be heard first.
-    "gate": (
-        KernelSpec.GATE_DONE,
-        r"prefix.*gate tasks|prefix tasks|scatter tasks",
+    "route": (
+        KernelSpec.ROUTE_DONE,
+        r"prefix.*route tasks|prefix tasks|scatter tasks",
     ),
     "scatter": (KernelSpec.SCATTER_DONE, r"row tables\).*scatter tasks"),
-    "column group": (KernelSpec.FIRST_GROUP, r"combine, .*column group 0.*FFN2 of column group 0"),
+    "column group": (
+        KernelSpec.FIRST_COLUMN_GROUP,
+        r"combine, .*column group 0.*FFN2 of column group 0",
+    ),
 }
 
 

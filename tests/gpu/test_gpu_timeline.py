@@ -10,7 +10,8 @@ from megakernel.config import ROWS16
 from megakernel.launch.workspace import workspace_for
 from megakernel.tools.timeline import read_timeline
 from tests.gpu.layers import make_layer
-from tests.helpers.inputs import assert_same_bits, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import run
 
 pytestmark = pytest.mark.gpu
 
@@ -22,8 +23,8 @@ RESOLUTION_US = 1.1  # some devices advance the global timer once a microsecond
 def test_no_task_is_ready_before_those_it_waits_for_have_begun(device: torch.device) -> None:
     run(make_layer(QWEN, 96, device), config=TIMED)
     times = read_timeline(device)
-    scratch = workspace_for(device).latest
-    schedule = replace(scratch.schedule, num_tiles=int(scratch.rows.num_tiles_1))
+    memory = workspace_for(device).latest
+    schedule = replace(memory.schedule, num_tiles=int(memory.scratch.num_tiles_1))
     last_start = np.zeros(schedule.num_counters)
     for n, task in enumerate(schedule.tasks()):
         for counter, _ in schedule.waits(task):

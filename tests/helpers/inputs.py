@@ -1,4 +1,4 @@
-"""Inputs, truth and comparisons that the kernel tests share."""
+"""Inputs of the layer and the truth about them, which the kernel tests share."""
 
 from dataclasses import dataclass
 
@@ -87,22 +87,3 @@ def eager(inputs: Inputs, expert_of_TK: Tensor) -> Tensor:
     return reference.moe(
         inputs.x_TH, inputs.router_EH, gate_up, down, inputs.case.K, expert_of_TK=expert_of_TK
     )
-
-
-def relative_error(*, actual: Tensor, expected: Tensor) -> float:
-    """Return the root-mean-square error over the root mean square of the expected values."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def assert_same_bits(*, actual: Tensor, expected: Tensor) -> None:
-    """Fail with the first difference unless the tensors are equal bit for bit (NaN included)."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
-    different = actual.contiguous().view(integer) != expected.contiguous().view(integer)
-    if bool(different.any()):
-        place = tuple(different.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{int(different.sum())} of {different.numel()} values differ, first at {place}: "
-            f"{actual[place]} instead of {expected[place]}"
-        )

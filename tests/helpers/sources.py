@@ -3,6 +3,7 @@
 import ast
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ def modules_of(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@cache
 def parse(path: Path) -> ast.Module:
-    """Return a file's syntax tree."""
+    """Return a file's syntax tree, which is not to be changed: it is read once."""
     return ast.parse(path.read_text(), str(path))
 
 

@@ -22,7 +22,8 @@ from megakernel.device.kernel import moe_kernel
 from megakernel.launch.workspace import workspace_for
 from megakernel.plan.spec import KernelSpec
 from tests.helpers.cases import SHAPES
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, relative_error, run, truth
+from tests.helpers.compare import assert_refused, assert_same_bits, relative_error
+from tests.helpers.inputs import SMALL, make_inputs, run, truth
 
 PLAIN = SHAPES[0]  # T 40, K 2, E 4, H 64, I 32
 INPUTS = make_inputs(PLAIN)
@@ -100,8 +101,8 @@ REFUSED = {
     ),
     "other device": (lambda: live(X.to("meta")), r"x_TH.*device.*cpu.*meta"),
     "expert without a slot": (
-        lambda: Placement(torch.tensor([0, 2, 3])),
-        r"expert_of_P.*no slot for expert 1",
+        lambda: live(placement=Placement(torch.tensor([0, 2, 3]))),
+        r"expert_of_P.*4 experts.*no slot for expert 1",
     ),
     "last expert without a slot": (
         lambda: live(placement=Placement(torch.tensor([0, 1, 2]))),
@@ -144,8 +145,7 @@ REFUSED = {
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_with_argument_rule_and_value(call, message):
     launches = count_launches()
-    with pytest.raises(ValueError, match=message):
-        call()
+    assert_refused(call, message)
     assert launches == []
 
 
@@ -187,12 +187,12 @@ class CountedOps(TorchDispatchMode):
         lambda: routed(placement=SPREAD),
         lambda: live(replay=PREPARED),
     ],
-    ids=["live", "routed", "live, named slots", "routed, replicas", "replay"],
+    ids=["live", "given", "live, named slots", "given, replicas", "replay"],
 )
 def test_a_warm_call_is_one_launch_and_nothing_else(call, monkeypatch):
     call()
     # On the CPU the ids are looked at, because it costs no synchronisation there.
-    monkeypatch.setattr("megakernel.launch.run.check_values", lambda layer: None)
+    monkeypatch.setattr("megakernel.launch.run.check_given", lambda call: None)
     monkeypatch.setattr("megakernel.launch.workspace.Workspace.raise_errors", lambda self: None)
     monkeypatch.setattr(type(moe_kernel), "run", lambda *args, **kwargs: launches.append(1))
     launches: list[int] = []
@@ -209,7 +209,7 @@ PREPARED = prepare_replay(IDS, 4, config=SMALL)
 
 def test_an_unchecked_bad_id_is_skipped_in_the_launch_and_reported(monkeypatch):
     """On a GPU nobody looks at ids before the launch; here the look is switched off."""
-    monkeypatch.setattr("megakernel.launch.run.check_values", lambda layer: None)
+    monkeypatch.setattr("megakernel.launch.run.check_given", lambda call: None)
     expected = routed(with_id((7, 1), -1))
     outputs = []
     monkeypatch.setattr(
@@ -236,11 +236,14 @@ def test_a_live_choice_with_the_wrong_slot_is_skipped_and_reported():
 
 BROKEN = {
     "scatter": (KernelSpec.SCATTER_DONE, r"needs the row tables\).*\(scatter tasks\).*reach 3"),
-    "gate": (
-        KernelSpec.GATE_DONE,
-        r"\(prefix, block of bins 0\).*\(gate tasks\).*reach 3, saw -7",
+    "route": (
+        KernelSpec.ROUTE_DONE,
+        r"\(prefix, block of bins 0\).*\(route tasks\).*reach 3, saw -7",
     ),
-    "column group": (KernelSpec.FIRST_GROUP, r"\(combine, .*group 0\).*FFN2 of column group 0"),
+    "column group": (
+        KernelSpec.FIRST_COLUMN_GROUP,
+        r"\(combine, .*group 0\).*FFN2 of column group 0",
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """Placements: the tables the kernel reads, and what is refused on construction."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,8 +37,8 @@ def test_tables_are_inverse_to_each_other(num_experts, extra, rng):
         ((torch.tensor([0.0]),), "expert_of_P must be an integer tensor, got torch.float32"),
         (([0, 1],), "expert_of_P must be an integer tensor, got list"),
         ((torch.tensor([[0]]),), r"expert_of_P must have 1 axes, got shape \(1, 1\)"),
-        ((torch.tensor([-1, -1]),), "no slot for expert 0"),
-        ((torch.tensor([], dtype=torch.int64),), "no slot for expert 0"),
+        ((torch.tensor([-1, -1]),), r"expert_of_P must hold an expert, got \[-1, -1\]"),
+        ((torch.tensor([], dtype=torch.int64),), r"expert_of_P must hold an expert, got \[\]"),
         ((torch.tensor([0]), torch.tensor([0])), "slot_of_TK must have 2 axes"),
         ((torch.tensor([0]), torch.empty(1, 1, dtype=torch.int32, device="meta")), "meta"),
     ],
@@ -46,3 +47,39 @@ def test_tables_are_inverse_to_each_other(num_experts, extra, rng):
 def test_maps_that_make_no_placement_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Placement(*arguments)
+
+
+def test_arrays_and_tensors_make_equal_placements():
+    experts, slots_TK = np.array([1, 0, 1]), np.array([[0, 1]], dtype=np.int16)
+    from_arrays = Placement(experts, slots_TK)
+    from_tensors = Placement(torch.from_numpy(experts).int(), torch.from_numpy(slots_TK).long())
+    assert from_arrays == from_tensors and hash(from_arrays) == hash(from_tensors)
+    assert isinstance(from_arrays.expert_of_P, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Placement(torch.tensor([0, 1, 1]), torch.tensor([[0, 1]])),
+        Placement(torch.tensor([1, 0, 1]), torch.tensor([[2, 1]])),
+        Placement(torch.tensor([1, 0, 1])),
+        None,
+    ],
+    ids=["another order", "another slot", "no named slots", "no placement"],
+)
+def test_other_maps_make_another_placement(other):
+    assert Placement(torch.tensor([1, 0, 1]), torch.tensor([[0, 1]])) != other
+
+
+def test_a_frozen_array_is_copied_and_later_changes_are_not_seen():
+    experts = np.array([0, 1])
+    placement = Placement(experts)
+    experts[:] = 7
+    assert placement.expert_of_P.tolist() == [0, 1]
+
+
+def test_a_ranks_part_of_a_plan_says_which_experts_it_lacks():
+    part = Placement(torch.tensor([5, 2, -1]))
+    assert part.num_experts == 6
+    assert part.missing_of(7) == [0, 1, 3, 4, 6]
+    assert part.slots.copies_of_E.tolist() == [0, 0, 1, 0, 0, 1]

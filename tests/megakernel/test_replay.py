@@ -12,7 +12,8 @@ from megakernel.config import INTERPRETER, ROWS64
 from megakernel.launch.workspace import workspace_for
 from megakernel.replay import stable_rank
 from tests.helpers.cases import SHAPES
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, make_inputs, run
 
 NUM_EXPERTS = 5
 
@@ -74,7 +75,7 @@ def test_rows_are_those_of_the_live_dispatch(placement):
     moe_routed(inputs.x_TH, ids_TK, gate_TK, inputs.experts, placement=placement, config=SMALL)
     (live,) = workspace.views.values()
     replay = prepare_replay(ids_TK, case.E, placement, SMALL)
-    assert int(live.rows.num_tiles_1) == replay.num_tiles
+    assert int(live.scratch.num_tiles_1) == replay.num_tiles
     tiles = replay.num_tiles
     for name in ("expert_of_tile", "rows_of_tile"):
         table = getattr(live.rows, name)[:tiles]
@@ -117,3 +118,30 @@ def test_the_default_height_is_that_of_the_default_config():
     assert replay.block_rows == 32  # interpreted
     tall = prepare_replay(torch.zeros(8, 1, dtype=torch.int64), 1, config=KernelConfig())
     assert tall.block_rows == 128
+
+
+def test_a_replay_may_hold_the_part_of_one_rank_and_no_more():
+    """A rank has slots for some experts only; the ids it does not serve are -1."""
+    inputs = make_inputs(SHAPES[0])
+    live = run(inputs)
+    part = Placement(torch.tensor([3, 1, -1]))
+    own_TK = torch.where(
+        torch.isin(live.expert_of_TK, torch.tensor([1, 3])), live.expert_of_TK, -1
+    )
+    E = inputs.case.E
+    assert_same_bits(
+        actual=run(inputs, replay=prepare_replay(own_TK, E, part, SMALL)).y_TH,
+        expected=run(inputs, replay=prepare_replay(own_TK, E, None, SMALL)).y_TH,
+    )
+    with pytest.raises(
+        ValueError, match=r"expert_of_TK\[\d+, \d\] must be -1 or an expert that a slot"
+    ):
+        prepare_replay(live.expert_of_TK, E, part, SMALL)
+
+
+def test_an_equal_placement_is_as_good_as_the_one_the_replay_was_made_for():
+    inputs = make_inputs(SHAPES[0])
+    experts_P = torch.tensor([3, 2, 1, 0, 0])
+    replay = prepare_replay(run(inputs).expert_of_TK, 4, Placement(experts_P), SMALL)
+    out = run(inputs, replay=replay, placement=Placement(experts_P.clone()))
+    assert_same_bits(actual=out.y_TH, expected=run(inputs).y_TH)

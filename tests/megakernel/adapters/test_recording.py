@@ -5,7 +5,7 @@ from torch import nn
 from balance import Topology, Trace, make_plan
 from megakernel import KernelConfig, Placement
 from megakernel.adapters.transformers import record_routing, replay_routing, use_megakernel
-from tests.helpers.inputs import assert_same_bits
+from tests.helpers.compare import assert_same_bits
 from tests.megakernel.adapters.tiny import (
     FUSED,
     LOGITS_TOLERANCE,

@@ -12,7 +12,7 @@ from megakernel.adapters.transformers import (
     replay_routing,
     use_megakernel,
 )
-from tests.helpers.inputs import assert_same_bits, relative_error
+from tests.helpers.compare import assert_same_bits, relative_error
 from tests.megakernel.adapters.tiny import (
     DEEPSEEK_V3,
     DOTS,

@@ -13,16 +13,8 @@ from megakernel import Experts, Placement, Router, moe_routed, prepare_replay
 from megakernel.config import INTERPRETER
 from megakernel.launch.workspace import workspace_for
 from tests.helpers.cases import CASES, DTYPES, SHAPES, Case, name_of
-from tests.helpers.inputs import (
-    SMALL,
-    Inputs,
-    assert_same_bits,
-    eager,
-    make_inputs,
-    relative_error,
-    run,
-    truth,
-)
+from tests.helpers.compare import assert_same_bits, relative_error
+from tests.helpers.inputs import SMALL, Inputs, eager, make_inputs, run, truth
 
 PRIME = next(case for case in SHAPES if case.name == "prime-experts")
 BFLOAT16 = DTYPES[0]

@@ -15,7 +15,8 @@ from megakernel.plan.rules import GateRule
 from megakernel.plan.schedule import Schedule, bound_tiles
 from megakernel.plan.spec import KernelSpec
 from tests.helpers.cases import SHAPES, name_of
-from tests.helpers.inputs import SMALL, Inputs, assert_same_bits, make_inputs, relative_error, run
+from tests.helpers.compare import assert_same_bits, relative_error
+from tests.helpers.inputs import SMALL, Inputs, make_inputs, run
 from tests.helpers.task_runner import TaskRunner
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megakernel.config import SHIPPED
-from megakernel.plan.rules import ExpertRule, GateRule
+from megakernel.plan.rules import ExpertRule, RouterRule
 from megakernel.tools import compile_check
-from megakernel.tools.compile_cases import CompileCase, compile_cases, make_layer
+from megakernel.tools.compile_cases import CompileCase, compile_cases, make_call
 from megakernel.tools.compile_check import (
     COLUMNS,
     CaseReport,
@@ -27,20 +27,20 @@ from megakernel.tools.models import KINDS, MODELS
 from megakernel.tools.sass import Code, CubinReport, Instruction
 
 CLEAN = CaseReport(
-    config="rows128", model="OLMoE", mode="live", kind="plain", split="one", timed=False,
+    config="rows128", model="OLMoE", route="live", kind="plain", split="one", timed=False,
     default_for=["prefill"], block_rows=128, block_tokens=64, registers=255, spill_bytes=0,
     shared_bytes=98_328, workers_per_sm=2, wanted_workers_per_sm=2,
     wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9,
     gemm_loop_local_ops=0,
     gemm_loops=(LoopReport(0x1E50, 0x2F00, 16, 0, 8, 2, ()),), spills_of_source={},
 )  # fmt: skip
-SPILL = "0x1f00: LDL R3, [R1+0x8]  [tiles.py:70]"
+SPILL = "0x1f00: LDL R3, [R1+0x8]  [ffn.py:70]"
 SPILLING = replace(
     CLEAN,
     spill_bytes=8,
     gemm_loop_local_ops=1,
     gemm_loops=(LoopReport(0x1E50, 0x2F00, 16, 0, 8, 2, (SPILL,)),),
-    spills_of_source={"tiles.py:70": 1, "queue.py:28": 3},
+    spills_of_source={"ffn.py:70": 1, "queue.py:28": 3},
 )
 CASE = CompileCase("rows128", MODELS["OLMoE"], "live")
 REQUIRED = {
@@ -78,7 +78,7 @@ REQUIRED = {
             ["wgmma in tiles of 64 rows or more: 16 mma instead"],
             id="one of the products fell back",
         ),
-        pytest.param({"mma": 16, "block_tokens": 16}, [], id="the gate has a low tile"),
+        pytest.param({"mma": 16, "block_tokens": 16}, [], id="the router has a low tile"),
         pytest.param(
             {"workers_per_sm": 1},
             ["2 workers per multiprocessor: 1 fit"],
@@ -112,20 +112,20 @@ def test_the_table_shows_every_figure_and_where_it_spills() -> None:
     assert header.split() == list(COLUMNS)
     assert lines[0].split() == [str(getattr(CLEAN, name)) for name in COLUMNS]
     assert lines[2:] == [
-        "    local-memory instructions at tiles.py:70 (1), queue.py:28 (3)",
+        "    local-memory instructions at ffn.py:70 (1), queue.py:28 (3)",
         "    1 of them in the GEMM loop at 0x1e50..0x2f00:",
         f"        {SPILL}",
     ]
 
 
-def test_every_shipped_config_is_compiled_for_every_model_and_mode() -> None:
+def test_every_shipped_config_is_compiled_for_every_model_and_route() -> None:
     cases = {
-        (case.config_name, case.model.name, case.mode)
+        (case.config_name, case.routel.name, case.route)
         for case in compile_cases()
         if case.split == "one"
     }
-    modes = ("live", "routed", "replay")
-    assert cases == {(c, name, mode) for c in SHIPPED for name in MODELS for mode in modes}
+    routes = ("live", "given", "replay")
+    assert cases == {(c, name, route) for c in SHIPPED for name in MODELS for route in routes}
 
 
 def test_every_shipped_config_is_compiled_with_a_placement_and_with_named_slots() -> None:
@@ -144,53 +144,56 @@ def test_no_two_cases_are_the_same() -> None:
 
 
 def cases_of(name: str) -> list[CompileCase]:
-    return [case for case in compile_cases() if case.model.name == name]
+    return [case for case in compile_cases() if case.routel.name == name]
 
 
 @pytest.mark.parametrize("case", cases_of("gpt-oss-120b"), ids=str)
 def test_gpt_oss_is_compiled_with_its_experts_and_biases(case: CompileCase) -> None:
-    layer = make_layer(case)
-    assert case.spec.expert == ExpertRule("clamped_swiglu", 7.0, True, True, True, True)
-    assert layer.biases.gate_up_E2I is not None and layer.biases.down_EH is not None
-    assert (layer.biases.router_E is None) == (case.mode == "routed")
-    assert case.spec.weight_tma
+    b, spec = make_call(case).buffers, case.spec
+    assert spec.expert == ExpertRule("clamped_swiglu", 7.0, True, True)
+    assert b.experts.gate_up_bias_E2I is not None and b.experts.down_bias_EH is not None
+    assert (b.router.bias_E is None) == (case.route == "given")
+    assert all(weight.tma and weight.transposed for weight in (spec.gate_up, spec.down))
 
 
 @pytest.mark.parametrize("case", cases_of("DeepSeek-V3 routed"), ids=str)
 def test_deepseek_v3_is_compiled_with_its_router_and_shared_expert(case: CompileCase) -> None:
-    has_gate = case.mode != "routed"
-    rule = GateRule("sigmoid", True, 2.5, 8, 4) if has_gate else GateRule()
-    assert case.spec.gate == rule
-    assert (make_layer(case).biases.correction_E is not None) == has_gate
+    has_router = case.route != "given"
+    rule = RouterRule("sigmoid", True, 2.5, 8, 4) if has_router else RouterRule()
+    assert case.spec.router == rule
+    assert (make_call(case).buffers.router.correction_bias_E is not None) == has_router
     assert case.spec.shared_width == 2048
 
 
-@pytest.mark.parametrize(("split", "mode"), [("even", "live"), ("slot", "routed")])
-def test_a_placement_has_more_slots_than_experts(split: str, mode: str) -> None:
-    case = replace(CASE, split=split, mode=mode)
-    layer = make_layer(case)
+@pytest.mark.parametrize(("split", "route"), [("even", "live"), ("slot", "given")])
+def test_a_placement_has_more_slots_than_experts(split: str, route: str) -> None:
+    case = replace(CASE, split=split, route=route)
+    routing = make_call(case).buffers.routing
     assert case.spec.split == split
     assert case.spec.num_slots > case.spec.num_experts and case.spec.max_copies > 1
-    assert (layer.routing.slot_of_TK is not None) == (split == "slot")
+    assert (routing.slot_of_TK is not None) == (split == "slot")
 
 
 def test_only_a_live_launch_counts_choices() -> None:
-    counting = [m for m in ("live", "routed", "replay")
-                if make_layer(replace(CASE, mode=m)).routing.load_E is not None]  # fmt: skip
+    load_of = {
+        route: make_call(replace(CASE, route=route)).buffers.routing.load_E
+        for route in ("live", "given", "replay")
+    }
+    counting = [route for route, load_E in load_of.items() if load_E is not None]
     assert counting == ["live"]
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_phase_of_each_model_has_a_compiled_default(name: str, phase: str) -> None:
-    assert any(phase in case.default_for for case in compile_cases() if case.model.name == name)
+    assert any(phase in case.default_for for case in compile_cases() if case.routel.name == name)
 
 
 def fake_compile(case: CompileCase) -> CubinReport:
     """As many registers as the model has experts; refuses to run in an interpreting process."""
     assert "TRITON_INTERPRET" not in os.environ
     wgmma = Instruction(0, "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88")
-    return CubinReport(case.model.num_experts - 1, 0, 1000, Code((wgmma,)), ())
+    return CubinReport(case.routel.num_experts - 1, 0, 1000, Code((wgmma,)), ())
 
 
 def failing_compile(case: CompileCase) -> CubinReport:
@@ -243,22 +246,22 @@ def test_the_exit_status_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(compile_check, "check", lambda cases, progress: [report] * len(cases))
-    assert main(["--json", "--model", "OLMoE", "--mode", "live"]) == status
+    assert main(["--json", "--model", "OLMoE", "--route", "live"]) == status
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == len(SHIPPED)
     assert printed.err.count("FAILED") == status * len(SHIPPED)
     assert printed.err.startswith(complaint)
 
 
-def test_the_tall_config_compiles_clean_in_every_mode() -> None:
-    cases = [replace(CASE, mode=mode) for mode in ("live", "routed", "replay")]
+def test_the_tall_config_compiles_clean_in_every_route() -> None:
+    cases = [replace(CASE, route=route) for route in ("live", "given", "replay")]
     for report in check([*cases, replace(CASE, timed=True)]):
         assert broken_rules(report) == []
-        # FFN1 and FFN2 load rows asynchronously and weights by TMA; the gate loads rows only.
+        # FFN1 and FFN2 load rows asynchronously and weights by TMA; the router loads rows only.
         products = [loop for loop in report.gemm_loops if loop.tma_loads]
         assert [loop.tma_loads for loop in products] == [1, 1]  # gate and up come as one
         assert all(loop.wgmma and loop.async_16_byte_loads for loop in products)
-        assert len(report.gemm_loops) - len(products) == (report.mode != "routed")
+        assert len(report.gemm_loops) - len(products) == (report.route != "given")
 
 
 @pytest.mark.slow

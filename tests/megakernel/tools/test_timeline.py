@@ -8,11 +8,12 @@ import torch
 
 from megakernel import MegakernelStall, prepare_replay
 from megakernel.launch.workspace import workspace_for
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.plan.spec import KernelSpec
 from megakernel.tools.timeline import read_timeline
 from tests.helpers.cases import CASES
-from tests.helpers.inputs import SMALL, assert_same_bits, make_inputs, run
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.inputs import SMALL, make_inputs, run
 
 CPU = torch.device("cpu")
 TIMED = replace(SMALL, record_times=True, num_workers=3)
@@ -23,25 +24,25 @@ def inputs():
     return make_inputs(CASES[0])
 
 
-@pytest.mark.parametrize("mode", ["live", "replay"])
-def test_every_task_is_timed_after_those_it_waits_for(inputs, mode):
+@pytest.mark.parametrize("route", ["live", "replay"])
+def test_every_task_is_timed_after_those_it_waits_for(inputs, route):
     replay = None
-    if mode == "replay":
+    if route == "replay":
         ids_TK = run(inputs, config=SMALL).expert_of_TK
         replay = prepare_replay(ids_TK, inputs.case.E, config=TIMED)
     run(inputs, replay=replay, config=TIMED)
     times = read_timeline(CPU)
-    scratch = workspace_for(CPU).latest
-    schedule = scratch.schedule
-    if mode == "live":
-        schedule = replace(schedule, num_tiles=int(scratch.rows.num_tiles_1))
+    memory = workspace_for(CPU).latest
+    schedule = memory.schedule
+    if route == "live":
+        schedule = replace(schedule, num_tiles=int(memory.scratch.num_tiles_1))
     tasks = list(schedule.tasks())
     assert times.kind_N.tolist() == [task.kind for task in tasks]
     assert set(times.worker_N) == {0}  # interpreted, the first worker finds all the work
     assert (times.claim_N <= times.start_N).all() and (times.start_N < times.end_N).all()
     last_signal = np.zeros(schedule.num_counters)
     for n, task in enumerate(tasks):
-        for counter, _ in schedule.waits(task):
+        for counter, _ in schedule.waits(n):
             assert times.start_N[n] > last_signal[counter]
         if (counter := schedule.signal(task)) is not None:
             last_signal[counter] = max(last_signal[counter], times.end_N[n])
@@ -83,7 +84,7 @@ def test_without_the_config_there_is_nothing_to_read(inputs):
 def test_a_launch_that_stalled_has_no_times(inputs):
     run(inputs, config=TIMED)
     counters = workspace_for(CPU).control.counters
-    counters[KernelSpec.GATE_DONE * KernelSpec.COUNTER_STRIDE] = -100
+    counters[KernelSpec.ROUTE_DONE * KernelSpec.COUNTER_STRIDE] = -100
     with pytest.raises(MegakernelStall):
         run(inputs, config=TIMED)
     with pytest.raises(ValueError, match="got no launch"):
