@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.helpers.race.events import ATOMIC, LOAD, STORE, Event, Names, RaceError
 from tests.helpers.race.memory import Memory
 from tests.helpers.race.order import Order
-from tests.helpers.race.record import ATOMIC, LOAD, STORE, Event, Names, RaceError
 
 
 @dataclass

@@ -4,13 +4,14 @@ from functools import cache
 from typing import Any
 
 from tests.helpers.race import kernel
+from tests.helpers.race.events import Names
 from tests.helpers.race.launches import Launch
 from tests.helpers.race.memory import POISON
-from tests.helpers.race.record import Names, Recorder
+from tests.helpers.race.record import Recorder
 from tests.helpers.race.watch import watch
 
 
-def assert_no_race(launch: Launch, tasks_per_worker: int | None) -> Any:
+def assert_no_race(launch: Launch, tasks_per_worker: int | None, polls_fail: bool = False) -> Any:
     """Return the outputs of a launch, if nothing in it is left to luck.
 
     Args:
@@ -18,6 +19,8 @@ def assert_no_race(launch: Launch, tasks_per_worker: int | None) -> Any:
         tasks_per_worker: how many tasks a worker may claim before it has to leave: None for one
             worker that runs them all; 1 makes every order come from the waits of the task itself,
             2 and more show what a worker wrongly takes for acquired.
+        polls_fail: whether every wait has to poll twice. Its signals are always there, since the
+            interpreter runs one task after another.
 
     Raises:
         RaceError: saying which task, which element, and what is missing.
@@ -30,6 +33,7 @@ def assert_no_race(launch: Launch, tasks_per_worker: int | None) -> Any:
         kernel.claim_address,
         lambda worker, claimed: tasks_per_worker is None or claimed < tasks_per_worker,
         one_unit=tasks_per_worker == 1,
+        polls_fail=polls_fail,
     )
     kernel.workspace().arena.fill_(POISON)
     try:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from tests.helpers.race.record import ATOMIC, LOAD, Event, Unit
+from tests.helpers.race.events import ATOMIC, LOAD, Event, Unit
 
 # Sets of signals are integers with one bit for each.
 

@@ -8,12 +8,20 @@ from typing import Any, Protocol
 import numpy as np
 from triton.runtime.interpreter import TensorHandle
 
+from tests.helpers.race.events import (
+    ATOMIC,
+    LOAD,
+    STORE,
+    Event,
+    Names,
+    RaceError,
+    Unit,
+    order_of,
+)
 from tests.helpers.race.grid import builder, replaced
 
 NO_TASK = 1 << 30  # what a claim returns to a worker that shall leave
 
-SHOWN = 5  # findings in the text of an error
-LOAD, STORE, ATOMIC = "load", "store", "change"
 # The value that a number is known to have reached once a comparison came out as it did.
 REACHED: dict[str, Callable[[int, int], int | None]] = {
     "LT": lambda seen, other: other if seen >= other else None,
@@ -32,75 +40,6 @@ COMPARISONS = {
 } | {f"create_icmp{name}": name for name in ("EQ", "NE")}
 
 
-def order_of(semantic: Any, scope: Any) -> str:
-    """Name the order of an atomic among the workers of a launch."""
-    return "RELAXED" if scope.name == "CTA" else semantic.name
-
-
-@dataclass(eq=False)
-class Unit:
-    """What a worker did between two claims: nothing orders it against its other units."""
-
-    worker: int
-    task: int | None = None  # None before the first claim
-
-
-@dataclass(eq=False)
-class Event:
-    """One operation on memory, by all threads of a worker.
-
-    ``awaited`` is the least of the values that what an atomic returned was found to have reached.
-    """
-
-    number: int  # in the order in which the interpreter ran them
-    unit: Unit
-    kind: str
-    addresses: np.ndarray
-    size: int
-    barriers: int  # how many the worker had passed
-    by_descriptor: bool = False
-    order: str = "plain"  # of an atomic: RELAXED, ACQUIRE, RELEASE or ACQUIRE_RELEASE
-    added: int | None = 0  # None if an atomic did something else than add
-    awaited: int | None = None
-    compared: bool = False
-    signal: int = 0  # see order.py
-    known: int = 0
-
-    @property
-    def worker(self) -> int:
-        """The program it belongs to."""
-        return self.unit.worker
-
-    @property
-    def is_scalar(self) -> bool:
-        """Whether one thread did it, if it is no load."""
-        return self.addresses.size == 1
-
-
-class RaceError(AssertionError):
-    """A launch whose result depends on luck; ``findings`` says where."""
-
-    def __init__(self, findings: list[str]) -> None:
-        """Show the first few."""
-        self.findings = findings
-        more = [f"and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []
-        super().__init__("\n".join([f"{len(findings)} findings", *findings[:SHOWN], *more]))
-
-
-@dataclass(frozen=True)
-class Names:
-    """How findings name a task (None past the end of the list) and a counter."""
-
-    task: Callable[[int], str | None]
-    counter: Callable[[int], str]
-
-    def unit(self, unit: Unit) -> str:
-        """Name the task, or the worker beside its tasks."""
-        if unit.task is None:
-            return f"worker {unit.worker} before its first task"
-        return self.task(unit.task) or f"worker {unit.worker} after its last task"
-
-
 class Dealing(Protocol):
     """Says which claims may take a task."""
 
@@ -116,9 +55,12 @@ class Recorder:
     claim_address: Callable[[], int]
     may_claim: Dealing
     one_unit: bool = False  # whether all that a worker does belongs to the one task it gets
+    polls_fail: bool = False  # whether the first poll of every wait comes too early
     is_inside: Callable[[np.ndarray, int], bool] = lambda addresses, size: True
     events: list[Event] = field(default_factory=list)
     unit_of_worker: dict[int, Unit] = field(default_factory=dict)
+    claimed: dict[int, Unit] = field(default_factory=dict)  # units that have done nothing yet
+    polled: set[tuple[int, int]] = field(default_factory=set)  # (worker, address) that shall retry
     num_claimed: dict[int, int] = field(default_factory=dict)
     barriers: dict[int, int] = field(default_factory=dict)
     returned: dict[int, tuple[TensorHandle, Event]] = field(default_factory=dict)
@@ -158,12 +100,11 @@ class Recorder:
             addresses = addresses[np.broadcast_to(np.asarray(mask.data), addresses.shape)]
         if not addresses.size:
             return None
-        worker = self.worker
-        unit = self.unit_of_worker.setdefault(worker, Unit(worker))
+        unit = self.unit_of(is_signal=more.get("order") == "RELEASE" and more.get("added") != 0)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses = addresses.astype(np.int64).ravel()
         event = Event(
-            len(self.events), unit, kind, addresses, size, self.barriers.get(worker, 0),
+            len(self.events), unit, kind, addresses, size, self.barriers.get(unit.worker, 0),
             self.in_descriptor, **more,
         )  # fmt: skip
         self.events.append(event)
@@ -171,6 +112,17 @@ class Recorder:
             self.outside = f"{self.names.unit(unit)} {kind}s outside every tensor of the launch"
             raise RaceError([self.outside])  # before it ends the process
         return event
+
+    def unit_of(self, is_signal: bool) -> Unit:
+        """Return what the running worker is at.
+
+        A signal belongs to the task whose work came before it, even if the next is claimed by
+        then: a claim's unit starts with the first event that is no signal.
+        """
+        worker = self.worker
+        if worker in self.claimed and not is_signal:
+            self.unit_of_worker[worker] = self.claimed.pop(worker)
+        return self.unit_of_worker.setdefault(worker, Unit(worker))
 
     def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``load``, followed."""
@@ -211,11 +163,22 @@ class Recorder:
             is_claim = int(pointers.data.flat[0]) == self.claim_address() and added == 1
             if is_claim and not self.may_claim(self.worker, self.num_claimed.get(self.worker, 0)):
                 return self.claim(TensorHandle(np.array([NO_TASK], np.int32), value.dtype.scalar))
+            if order.startswith("ACQUIRE") and added == 0 and self.comes_early(pointers):
+                return TensorHandle(np.zeros_like(value.data), value.dtype.scalar)
             event = self.log(ATOMIC, pointers, mask, order=order, added=added)
             handle = change(operation, pointers, value, mask, *rest)
             return self.claim(handle) if is_claim else self.remember(handle, event)
 
         return follow
+
+    def comes_early(self, pointers: Any) -> bool:
+        """Whether a poll shall see what its counter held at first: every other one does."""
+        place = self.worker, int(pointers.data.flat[0])
+        if not self.polls_fail or place in self.polled:
+            self.polled.discard(place)
+            return False
+        self.polled.add(place)
+        return True
 
     def claim(self, taken: TensorHandle) -> TensorHandle:
         """Start the worker's next unit with what its claim got."""
@@ -223,7 +186,7 @@ class Recorder:
         self.num_claimed[worker] = self.num_claimed.get(worker, 0) + 1
         unit = self.unit_of_worker.setdefault(worker, Unit(worker))
         if not self.one_unit:
-            self.unit_of_worker[worker] = Unit(worker, task)
+            self.claimed[worker] = Unit(worker, task)
         elif unit.task is None:
             unit.task = task
         return taken

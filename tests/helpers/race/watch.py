@@ -9,9 +9,10 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from tests.helpers.race.check import Check
+from tests.helpers.race.events import LOAD, RaceError
 from tests.helpers.race.grid import programs_run_by
 from tests.helpers.race.memory import Memory, Region, poisoned_allocations, regions_of
-from tests.helpers.race.record import LOAD, RaceError, Recorder
+from tests.helpers.race.record import Recorder
 
 
 @dataclass
