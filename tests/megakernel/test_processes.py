@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from megakernel import MegakernelStall
-from tests.helpers.inputs import assert_same_bits
+from tests.helpers.compare import assert_same_bits
 from tests.helpers.race import kernel
 from tests.helpers.race.launches import LAUNCHES, Launch
 from tests.helpers.race.memory import POISON

@@ -21,6 +21,7 @@ class Unit:
 
     worker: int
     task: int | None = None  # None before the first claim
+    is_last: bool = True  # whether the worker claimed nothing after it
 
 
 @dataclass(eq=False)

@@ -11,7 +11,16 @@ from tests.helpers.race.mutant import (
     Mutant,
     edited,
 )
-from tests.helpers.race.mutants_order import ORDERED, SIGNALS, WAITS, WORK
+from tests.helpers.race.mutants_order import (
+    ORDERED,
+    PLACE,
+    SIGNAL_TASK,
+    SIGNALS,
+    WAIT,
+    WAITS,
+    WORK,
+    twice,
+)
 
 UNORDERED = "no barrier lies between"
 UNWRITTEN = "which nobody has written"
@@ -79,6 +88,25 @@ ENDS = [
            "    tl.debug_barrier()\n", ""),
 ]  # fmt: skip
 MUTANTS: list[Mutant] = [*ORDERED, *WAITS, *SIGNALS, *ACCESSES, *ENDS]
+
+# Other ways to do it right, which the check must not refuse: no mutants, so nothing is found.
+STEPS = """        signal_task(kind, tile, block, b, C)
+        stamp(b.control, task, C.DONE, C)
+        task = claim(b.control, C)
+"""
+CLAIM_FIRST = """        following = claim(b.control, C)
+        signal_task(kind, tile, block, b, C)
+        stamp(b.control, task, C.DONE, C)
+        task = following
+"""
+HARMLESS = [
+    edited("the next task is claimed before the signal", "", KERNEL, STEPS, CLAIM_FIRST,
+           launch="timed-replay"),
+    Mutant("tasks signal twice, and are awaited twice", "", (
+        (SIGNAL_TASK, *twice("        signal(b.control, counter, C)\n")),
+        (WAIT, PLACE, f"{PLACE}    least = 2 * least\n"),
+    )),
+]  # fmt: skip
 
 
 def table() -> str:

@@ -119,6 +119,11 @@ def shared_counter(name: str, signal: tuple[str, str], wait: tuple[str, str, str
     return Mutant(name, UNSURE, ((SIGNAL_OF, *signal), wait))
 
 
+def twice(statement: str) -> tuple[str, str]:
+    """Return the edit that doubles a statement."""
+    return statement, 2 * statement
+
+
 TILE = "C.first_tile_counter + tile"
 GROUP = "C.FIRST_COLUMN_GROUP + block"
 SIGNALS = [
@@ -129,8 +134,8 @@ SIGNALS = [
            'sem="release", scope="cta"'),
     edited("a signal is a load and a store", "counters.*(no wait|changes|signals nothing)", SIGNAL,
            RELEASE, INCREMENT),
-    edited("tasks signal twice", UNSURE, SIGNAL_TASK, "        signal(b.control, counter, C)\n",
-           "        signal(b.control, counter, C)\n" * 2),
+    edited("tasks signal twice", UNSURE, SIGNAL_TASK,
+           *twice("        signal(b.control, counter, C)\n")),
     edited("no task signals", STALLS, SIGNAL_TASK, "if counter >= 0:", "if counter < -1:"),
     early("ROUTE"),
     early("PREFIX"),

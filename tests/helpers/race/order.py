@@ -42,7 +42,8 @@ class Order:
         """Count what reached each counter, then follow what each worker knows."""
         for event in self.events:
             self.first_unit.setdefault(event.worker, event.unit)
-            self.last_unit[event.worker] = event.unit
+            if event.unit.is_last:
+                self.last_unit[event.worker] = event.unit
             if event.kind == ATOMIC:
                 self._count(event)
         self._follow()
@@ -83,7 +84,7 @@ class Order:
         The last unit of a worker also publishes what the worker's tasks did, for the worker leaves
         after all of them, whichever they were.
         """
-        units = {event.unit, self.last_unit[event.worker]}
+        units = {event.unit, self.last_unit.get(event.worker, event.unit)}
         return event.signal | sum(
             signal.signal
             for unit in units
@@ -114,9 +115,7 @@ class Order:
     def in_program_order(self, first: Unit, second: Unit) -> bool:
         """Whether a worker does the one before the other, whatever tasks it gets."""
         worker = first.worker
-        return (
-            first is second or first is self.first_unit[worker] or second is self.last_unit[worker]
-        )
+        return first is second or first is self.first_unit[worker] or second.is_last
 
 
 def by_the_same_threads(first: Event, second: Event) -> bool:

@@ -186,6 +186,7 @@ class Recorder:
         self.num_claimed[worker] = self.num_claimed.get(worker, 0) + 1
         unit = self.unit_of_worker.setdefault(worker, Unit(worker))
         if not self.one_unit:
+            unit.is_last = False
             self.claimed[worker] = Unit(worker, task)
         elif unit.task is None:
             unit.task = task
