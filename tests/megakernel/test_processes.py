@@ -29,7 +29,7 @@ MUTANT_OF_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 def outputs_of(launch: Launch, num_workers: int) -> list[Tensor]:
     """Make the launch on poisoned scratch."""
-    kernel.workspace().arena.fill_(POISON)
+    kernel.workspace().fill_scratch(POISON)
     outputs = launch.call(num_workers)
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 

@@ -35,7 +35,7 @@ def assert_no_race(launch: Launch, tasks_per_worker: int | None, polls_fail: boo
         one_unit=tasks_per_worker == 1,
         polls_fail=polls_fail,
     )
-    kernel.workspace().arena.fill_(POISON)
+    kernel.workspace().fill_scratch(POISON)
     try:
         outputs, check = watch(
             lambda: launch.call(num_workers), recorder, lambda: [kernel.workspace().arena]

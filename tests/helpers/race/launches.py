@@ -17,6 +17,7 @@ from megakernel import (
     moe_routed,
     prepare_replay,
 )
+from tests.helpers.race.parts import call_part
 
 # Small enough to be quick, large enough that every counter is awaited for more than one signal:
 # three token tiles, two blocks of bins, two of I, two of H in each of two column groups.
@@ -32,13 +33,15 @@ USED = (0, 3, 34)  # experts of the routing: few, for few row tiles, in both blo
 class Launch:
     """One launch: a routing, a layer, a cut.
 
-    ``route`` is "live", "given" or "replay"; ``split`` is "one", "even" or "slot".
+    ``route`` is "live", "given" or "replay"; ``split`` is "one", "even" or "slot"; ``stages`` is
+    "layer", "rows" or "combine".
     """
 
     name: str
     reason: str
     route: str = "live"
     split: str = "one"
+    stages: str = "layer"
     tokens: int = T
     widths: tuple[int, int] = (H, I)
     dtype: torch.dtype = torch.float32
@@ -52,6 +55,8 @@ class Launch:
     def call(self, num_workers: int = 1) -> Any:
         """Make the launch, and return its outputs."""
         config = replace(CONFIG, num_workers=num_workers, **self.config)
+        if self.stages != "layer":
+            return call_part(self, config)
         layer, placement = self.layer, self.placement
         if self.route == "given":
             gate_TK = torch.full((self.tokens, K), 0.5)
@@ -135,6 +140,11 @@ LAUNCHES = [
     Launch("replay", "row tables are inputs, the gate comes after FFN1", "replay", sampled=True),
     Launch("replay-even", "tables of a placement", "replay", "even"),
     Launch("replay-nobody", "no row tile at all", "replay", absent=2 * T),
+    Launch("rows", "experts without a combine", "given", stages="rows"),
+    Launch("rows-slot", "bins are slots, the list ends with FFN2", "given", "slot", stages="rows"),
+    Launch("rows-replay", "nothing but experts", "replay", stages="rows"),
+    Launch("rows-shared", "shared rows among them", "given", stages="rows", shared_width=24),
+    Launch("combine", "one kind of task, no wait at all", "replay", stages="combine"),
     Launch("live-even", "copies take turns, the gate counts experts", split="even"),
     Launch("shared", "shared tiles need no tables", shared_width=80),
     Launch("shared-replay", "the combine waits for the token gate", "replay", shared_width=24,
