@@ -1,7 +1,5 @@
 """Numbers at the border: nothing is cut down to an integer silently."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

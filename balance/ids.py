@@ -4,8 +4,6 @@ Zero padding is the usual defect of recorded routing: it shows up as top-k rows 
 several times, and as layers in which every id is 0. Neither may end up in a load.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,7 @@ _IDS_PER_CHUNK = 6_000_000
 class TraceReport:
     """What is wrong with, or worth knowing about, a block of expert ids.
 
-    Args:
+    Attributes:
         num_rows: tokens looked at (masked rows are not).
         num_missing: ids equal to -1.
         num_out_of_range: ids below -1 or at least num_experts.

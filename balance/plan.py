@@ -1,73 +1,32 @@
 """The plan: which expert every slot holds, and how many tokens each copy serves."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from balance.checks import whole
 from balance.exact.quotas import assign_slots, quota_prefix, slots_of_experts
-from balance.measures import load as cost
 from balance.measures.legal import why_illegal
+from balance.measures.load import (
+    bytes_moved,
+    ratio_to,
+    round_to_tiles,
+    summarize,
+    summarize_bound,
+)
 from balance.measures.traffic import Traffic, count_traffic
+from balance.options import PlanOptions
 from balance.topology import Topology
 from balance.trace import Trace
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a plan may change and what it aims at.
-
-    Args:
-        reorder: choose home ranks anew; otherwise the previous ones stay.
-        move_budget: most experts of a layer whose home rank may change; None for any number.
-        cross_node_copies: at most so many spare slots of each node hold copies that stay for the
-            whole batch and serve experts of other nodes; fewer in layers where fewer are better.
-        tolerance: copies are added until the slowest rank is within this of the lower bound.
-        min_tokens_per_replica: a micro-batch copy that would serve fewer tokens is not made.
-        tile_rows: rows of a tile of the grouped product; every copy's tokens count rounded up to
-            whole tiles. 1 counts tokens.
-        locality: straggler load (assignments) worth giving up to save one assignment per node or
-            rank from travelling; 0 ignores traffic.
-        copy_bytes: one expert's weights; Qwen3-30B-A3B in bf16 unless given.
-        state_bytes: what a home move carries; None means 8 × copy_bytes (mixed-precision Adam).
-    """
-
-    reorder: bool = True
-    move_budget: int | None = None
-    cross_node_copies: int = 0
-    tolerance: float = 5e-4
-    min_tokens_per_replica: int = 0
-    tile_rows: int = 1
-    locality: float = 0.0
-    copy_bytes: int = cost.expert_bytes(2048, 768)
-    state_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        least = {"cross_node_copies": 0, "tolerance": 0, "min_tokens_per_replica": 0}
-        least |= {"tile_rows": 1, "locality": 0, "copy_bytes": 0}
-        for name in ("move_budget", "state_bytes"):
-            if getattr(self, name) is not None:
-                least[name] = 0
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if name not in ("tolerance", "locality"):
-                object.__setattr__(self, name, whole(name, value, limit))
-            elif not isinstance(value, int | float | np.number) or not limit <= value < np.inf:
-                raise ValueError(f"{name} must be finite and at least {limit}, got {value!r}")
-        if not isinstance(self.reorder, bool | np.bool_):
-            raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Placement and quotas for every micro-batch and layer, checked on construction.
 
-    Args:
+    Attributes:
         topology: the machine.
         options: what the planner was asked for.
         expert_of_BLP: int32 expert in each slot, -1 for an empty slot; slot p is on rank p // Q.
@@ -110,14 +69,17 @@ class Plan:
 
     @property
     def num_micro_batches(self) -> int:
+        """B."""
         return self.load_BLRE.shape[0]
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return self.load_BLRE.shape[1]
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.load_BLRE.shape[3]
 
     @property
@@ -132,7 +94,7 @@ class Plan:
 
     def expert_of_P(self, micro_batch: int, layer: int) -> np.ndarray:
         """Expert in each slot, int32, -1 for an empty slot (``physical_to_logical_map``)."""
-        self._check_index(micro_batch, layer)
+        self._check_place(micro_batch, layer)
         return self.expert_of_BLP[micro_batch, layer]
 
     def slots_of_experts(self, micro_batch: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +106,7 @@ class Plan:
 
         As EPLB's ``rebalance_experts`` returns them, except that empty slots hold -1.
         """
-        self._check_index(micro_batch, 0)
+        self._check_place(micro_batch, 0)
         maps = [self.slots_of_experts(micro_batch, layer) for layer in range(self.num_layers)]
         most = max((slots.shape[1] for slots, _ in maps), default=1)
         log2phy = np.full((self.num_layers, self.num_experts, most), -1, dtype=np.int64)
@@ -180,11 +142,7 @@ class Plan:
         Raises:
             ValueError: no trace is known, or it does not hold the planned assignments.
         """
-        trace = trace or self.trace
-        if trace is None:
-            raise ValueError(
-                "trace must be given: the plan was made from counts or read from file"
-            )
+        trace = self._trace_or(trace)
         slot_of_EV, _ = self.slots_of_experts(micro_batch, layer)
         prefix_REV = self.quota_prefix(micro_batch, layer)
         source_rank_T = trace.source_ranks_of(micro_batch)
@@ -218,16 +176,17 @@ class Plan:
         Raises:
             ValueError: as ``slot_of_TK``.
         """
+        trace = self._trace_or(trace)
         total = Traffic()
         for micro_batch, layer in np.ndindex(self.num_micro_batches, self.num_layers):
             slot_of_TK = self.slot_of_TK(micro_batch, layer, trace)
-            source_rank_T = (trace or self._need_trace()).source_ranks_of(micro_batch)
+            source_rank_T = trace.source_ranks_of(micro_batch)
             total += count_traffic(slot_of_TK, source_rank_T, self.slots_per_rank, self.topology)
         return total
 
     def rank_load_BLR(self) -> np.ndarray:
         """Assignments on each rank, float64; in rows of whole tiles when tiles count."""
-        rows_BLP = cost.round_to_tiles(self.quota_BLP, self.options.tile_rows)
+        rows_BLP = round_to_tiles(self.quota_BLP, self.options.tile_rows)
         shape = (*rows_BLP.shape[:2], self.topology.num_ranks, self.slots_per_rank)
         return rows_BLP.reshape(shape).sum(3)
 
@@ -239,46 +198,30 @@ class Plan:
 
     def gap_BL(self) -> np.ndarray:
         """Level over lower bound - 1; 0 where there is no load."""
-        return (
-            np.divide(
-                self.level_BL(),
-                self.bound_BL,
-                out=np.ones_like(self.bound_BL),
-                where=self.bound_BL > 0,
-            )
-            - 1
-        )
+        return ratio_to(self.bound_BL, self.level_BL()) - 1
 
     def summary(self) -> dict[str, float]:
         """Figures of the plan.
 
-        imbalance_*, efficiency, straggler_avg as in ``balance.measures.load``; ``lower_bound_avg`` is the
-        least imbalance that homes and batch-static copies allow; ``gap_*`` compare each level with
-        its bound. ``copies_avg`` counts micro-batch copies per micro-batch and layer,
-        ``static_copies_avg`` batch-static ones per layer, ``moves_avg`` home moves per layer.
-        ``moved_bytes`` is what all of them send in this batch.
+        imbalance_*, efficiency, straggler_avg as in ``balance.measures.load``;
+        ``lower_bound_avg`` is the least imbalance that homes and batch-static copies allow;
+        ``gap_*`` compare each level with its bound. ``copies_avg`` counts micro-batch copies per
+        micro-batch and layer, ``static_copies_avg`` batch-static ones per layer, ``moves_avg``
+        home moves per layer. ``moved_bytes`` is what all of them send in this batch.
         """
-        load_BLR, speed_R = self.rank_load_BLR(), self.topology.speed_R
-        balance = cost.summarize(load_BLR, speed_R)
-        ideal_BL = load_BLR.sum(2) / speed_R.sum()
-        bound = np.divide(self.bound_BL, ideal_BL, out=np.ones_like(ideal_BL), where=ideal_BL > 0)
-        gap = self.gap_BL()
-        num_problems = max(1, gap.size)
-        num_static = int((self.is_static_LP).sum())
+        num_static = int(self.is_static_LP.sum())
         num_homes = self.num_layers * self.num_experts
         num_copies = int((self.expert_of_BLP >= 0).sum())
         num_copies -= self.num_micro_batches * (num_homes + num_static)
         num_moves = int((self.home_rank_LE != self.previous_home_LE).sum())
+        load_BLR, speed_R = self.rank_load_BLR(), self.topology.speed_R
         return {
-            **asdict(balance),
-            "lower_bound_avg": float(bound.mean()) if bound.size else 1.0,
-            "gap_avg": float(gap.mean()) if gap.size else 0.0,
-            "gap_p99": float(np.percentile(gap, 99)) if gap.size else 0.0,
-            "gap_worst": float(gap.max(initial=0.0)),
-            "copies_avg": num_copies / num_problems,
+            **asdict(summarize(load_BLR, speed_R)),
+            **summarize_bound(self.level_BL(), self.bound_BL, load_BLR.sum(2) / speed_R.sum()),
+            "copies_avg": num_copies / max(1, self.bound_BL.size),
             "static_copies_avg": num_static / max(1, self.num_layers),
             "moves_avg": num_moves / max(1, self.num_layers),
-            "moved_bytes": cost.bytes_moved(
+            "moved_bytes": bytes_moved(
                 num_copies + num_static,
                 num_moves,
                 self.options.copy_bytes,
@@ -299,7 +242,7 @@ class Plan:
             )
 
     @classmethod
-    def load(cls, path: str | PathLike[str], trace: Trace | None = None) -> Plan:
+    def load(cls, path: str | PathLike[str], trace: Trace | None = None) -> Self:
         """Read what ``save`` wrote; legality is checked again.
 
         Raises:
@@ -318,16 +261,17 @@ class Plan:
                 trace=trace,
             )
 
-    def with_trace(self, trace: Trace) -> Plan:
-        """The same plan, with routing to look slots up for."""
-        return replace(self, trace=trace)
+    def _trace_or(self, trace: Trace | None) -> Trace:
+        """The trace given, else the one that was planned for."""
+        trace = trace or self.trace
+        if trace is None:
+            raise ValueError(
+                "trace must be given: the plan was made from counts or read from file"
+            )
+        return trace
 
-    def _need_trace(self) -> Trace:
-        if self.trace is None:
-            raise ValueError("trace must be given: the plan came from counts or from a file")
-        return self.trace
-
-    def _check_index(self, micro_batch: int, layer: int) -> None:
+    def _check_place(self, micro_batch: int, layer: int) -> None:
+        """Is there such a micro-batch and layer?"""
         for name, value, count in (
             ("micro_batch", micro_batch, self.num_micro_batches),
             ("layer", layer, self.num_layers),

@@ -8,8 +8,6 @@
 Deterministic: the same input gives the same plan on every rank.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +18,13 @@ import numpy as np
 import torch
 
 from balance.measures.traffic import chosen_together
-from balance.plan import Plan, PlanOptions
-from balance.steps.candidate import Draft, make_draft
+from balance.options import PlanOptions
+from balance.plan import Plan
+from balance.steps.candidate import Candidate, make_candidate
 from balance.steps.homes import rehome, reorder_homes
 from balance.steps.loads import Batch, previous_homes
+from balance.steps.nearness import Nearness
 from balance.steps.slots import home_slots_of, slot_arrays
-from balance.steps.swaps import Nearness
 from balance.topology import Topology
 from balance.trace import Trace
 
@@ -62,21 +61,18 @@ def make_plan(
     previous_LE, previous_slot_LE = previous_homes(previous, batch)
     idle_LE = rehome(previous_LE, batch.unit_BLE.sum(0), topology)
     with _one_thread():
-        draft = _best_draft(batch, idle_LE, previous_LE)
-    slot_LE = home_slots_of(draft.home_LE, topology, previous_slot_LE)
-    arrays = slot_arrays(
-        batch, slot_LE, draft.static_LM, draft.copy_BLM, draft.home_unit_BLE, draft.spare_unit_BLM
-    )
+        chosen = _best_candidate(batch, idle_LE, previous_LE)
+    slot_LE = home_slots_of(chosen.home_LE, topology, previous_slot_LE)
     return Plan(
         topology,
         options,
-        **arrays,
+        **slot_arrays(batch, slot_LE, chosen),
         home_slot_LE=slot_LE.astype(np.int32),
         load_BLRE=batch.load_BLRE,
-        bound_BL=draft.bound_BL * options.tile_rows,
+        bound_BL=chosen.bound_BL * options.tile_rows,
         previous_home_LE=previous_LE,
         plan_seconds=time.perf_counter() - started,
-        trace=trace_or_counts if isinstance(trace_or_counts, Trace) else None,
+        trace=batch.trace,
     )
 
 
@@ -91,7 +87,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _best_draft(batch: Batch, idle_LE: np.ndarray, previous_LE: np.ndarray) -> Draft:
+def _best_candidate(batch: Batch, idle_LE: np.ndarray, previous_LE: np.ndarray) -> Candidate:
     """Every number of batch-static copies up to the limit, and for each layer the best of them."""
     options, present = batch.options, batch.present
     home_LE = _reordered(batch, idle_LE) if options.reorder else idle_LE
@@ -99,19 +95,22 @@ def _best_draft(batch: Batch, idle_LE: np.ndarray, previous_LE: np.ndarray) -> D
     if options.reorder and options.move_budget is None and not options.locality:
         is_here_LE = np.isin(previous_LE, present.ranks)
         before_LE = np.where(is_here_LE, np.searchsorted(present.ranks, previous_LE), -1)
-    draft = make_draft(batch, home_LE, 0, before_LE)
+    best = make_candidate(batch, home_LE, 0, before_LE)
     for copies_per_node in range(1, options.cross_node_copies + 1):
-        other = make_draft(batch, home_LE, copies_per_node, before_LE)
-        better_L = other.level_BL.sum(0) < draft.level_BL.sum(0)
-        draft.put_layers(better_L, other.of_layers(better_L))
+        other = make_candidate(batch, home_LE, copies_per_node, before_LE)
+        better_L = other.level_BL.sum(0) < best.level_BL.sum(0)
+        best.put_layers(better_L, other.of_layers(better_L))
     # Homes chosen for the nodes' sake can, rarely, leave ranks that few spare slots cannot level.
-    worse_L = draft.level_BL.sum(0) > _level_without_copies(batch, idle_LE).sum(0) * (1 + 1e-9)
+    worse_L = best.level_BL.sum(0) > _level_without_copies(batch, idle_LE).sum(0) * (1 + 1e-9)
     if worse_L.any() and not options.locality:
-        draft.put_layers(worse_L, make_draft(batch.of_layers(worse_L), idle_LE[worse_L], 0, None))
-    return draft
+        best.put_layers(
+            worse_L, make_candidate(batch.of_layers(worse_L), idle_LE[worse_L], 0, None)
+        )
+    return best
 
 
 def _reordered(batch: Batch, idle_LE: np.ndarray) -> np.ndarray:
+    """Home ranks chosen anew; with ``locality``, near their tokens and their companions."""
     nearness = None
     if batch.options.locality > 0:
         near_LED = np.zeros((*idle_LE.shape, batch.topology.num_ranks))
@@ -125,6 +124,7 @@ def _reordered(batch: Batch, idle_LE: np.ndarray) -> np.ndarray:
 
 
 def _level_without_copies(batch: Batch, home_LE: np.ndarray) -> np.ndarray:
+    """Units / speed of the slowest rank when nobody but the homes serves, level_BL."""
     present = batch.present
     rank_LE = np.searchsorted(present.ranks, home_LE)
     load_BLD = present.rank_load(batch.unit_BLE, rank_LE)

@@ -11,8 +11,6 @@ micro-batch):
     holds       0 1 2   s    3 4 -1   s        s = spare, -1 = empty home slot
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +24,7 @@ from balance.checks import whole
 class Topology:
     """The machine a plan is made for.
 
-    Args:
+    Attributes:
         num_nodes: Nodes N >= 1. Copies made for one micro-batch stay inside a node,
             where links are fast.
         ranks_per_node: Ranks of every node, or a sequence with one count per node (uneven nodes).
@@ -67,14 +65,12 @@ class Topology:
         self._check()
 
     def _check(self) -> None:
+        """Do the nodes have ranks, and the ranks speeds?"""
         if len(self.ranks_of_N) != self.num_nodes:
             raise ValueError(
                 f"ranks_per_node must give at least 1 rank to each of the {self.num_nodes} nodes, "
                 f"got {self.ranks_per_node}"
             )
-        self._check_ranks()
-
-    def _check_ranks(self) -> None:
         speeds = self.rank_speed
         if speeds is not None and len(speeds) != self.num_ranks:
             raise ValueError(
@@ -98,6 +94,7 @@ class Topology:
 
     @property
     def num_ranks(self) -> int:
+        """R, missing ranks included."""
         return sum(self.ranks_of_N)
 
     @cached_property
@@ -117,10 +114,6 @@ class Topology:
         """[R] float64: relative speed, 0 for missing ranks."""
         speed_R = np.ones(self.num_ranks) if self.rank_speed is None else np.array(self.rank_speed)
         return np.where(self.present_R, speed_R, 0.0)
-
-    def ranks_of_node(self, node: int) -> np.ndarray:
-        """The present ranks of one node, ascending, int64."""
-        return np.flatnonzero((self.node_of_R == node) & self.present_R)
 
     def home_slots(self, num_experts: int) -> int:
         """Home slots on each rank.
@@ -166,13 +159,3 @@ class Topology:
         small, num_larger = divmod(num_experts, len(ranks))
         sizes = np.where(np.arange(len(ranks)) < num_larger, small + 1, small)
         return np.repeat(ranks, sizes)
-
-    def contiguous_expert_of_P(self, num_experts: int) -> np.ndarray:
-        """[P] int32: the placement of ``contiguous_home_rank_E``, spare slots empty (-1)."""
-        home_rank_E = self.contiguous_home_rank_E(num_experts)
-        first_expert_E = np.searchsorted(home_rank_E, home_rank_E)
-        slot_E = home_rank_E * self.slots_per_rank(num_experts)
-        slot_E += np.arange(num_experts) - first_expert_E
-        expert_of_P = np.full(self.num_slots(num_experts), -1, dtype=np.int32)
-        expert_of_P[slot_E] = np.arange(num_experts)
-        return expert_of_P

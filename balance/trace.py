@@ -5,12 +5,10 @@ that ``row_mask_T`` leaves out are in no load. Ids that would corrupt a load are
 construction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,7 +19,7 @@ from balance.ids import TraceReport, check_ids, check_num_experts, inspect_ids, 
 class Trace:
     """The routing of one training batch: which experts every token chose, layer by layer.
 
-    Args:
+    Attributes:
         ids_TLK: logical expert of each token, MoE layer and choice; any integer dtype, in
             [0, num_experts), or -1 for "no expert" (such a choice is in no load).
         micro_batch_T: micro-batch of each token, from 0.
@@ -48,7 +46,7 @@ class Trace:
         object.__setattr__(self, "ids_TLK", check_ids(self.ids_TLK))
         object.__setattr__(self, "num_experts", check_num_experts(self.num_experts))
         for name in ("micro_batch_T", "source_rank_T"):
-            values_T = _check_index(name, getattr(self, name), self.num_tokens)
+            values_T = _check_numbers(name, getattr(self, name), self.num_tokens)
             object.__setattr__(self, name, values_T)
         if self.row_mask_T is not None:
             object.__setattr__(self, "row_mask_T", _check_mask(self.row_mask_T, self.num_tokens))
@@ -135,18 +133,6 @@ class Trace:
             load_BLE[micro_batch] += self._count(rows_T)
         return load_BLE
 
-    def with_source_ranks(self, source_rank_T: np.ndarray) -> Trace:
-        """The same trace with its tokens on other ranks."""
-        return Trace(
-            self.ids_TLK,
-            self.micro_batch_T,
-            source_rank_T,
-            self.num_experts,
-            self.weights_TLK,
-            self.row_mask_T,
-            self.label,
-        )
-
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace as one compressed npz file at exactly this path."""
         arrays: dict[str, Any] = {
@@ -163,8 +149,8 @@ class Trace:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Trace:
-        """Read what ``save`` wrote; other layouts are read by ``balance.recorded.read``.
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what ``save`` wrote; other layouts are read by ``balance.formats.read``.
 
         Raises:
             ValueError: when an array is missing, naming it, or breaks a rule of ``Trace``.
@@ -175,7 +161,7 @@ class Trace:
             if missing:
                 raise ValueError(
                     f"path must be a saved Trace; {path} lacks {', '.join(missing)} and has "
-                    f"{', '.join(arrays.files)} (balance.recorded.read reads other layouts)"
+                    f"{', '.join(arrays.files)} (balance.formats.read reads other layouts)"
                 )
             optional = {
                 name: arrays[name] for name in ("weights_TLK", "row_mask_T") if name in arrays
@@ -215,7 +201,8 @@ class Trace:
         return load.reshape(self.num_layers, width)[:, :-1]
 
 
-def _check_index(name: str, values: Any, num_tokens: int) -> np.ndarray:
+def _check_numbers(name: str, values: Any, num_tokens: int) -> np.ndarray:
+    """One number per token, values_T int32, or ValueError."""
     values_T = np.asarray(values)
     if values_T.shape != (num_tokens,) or (num_tokens and values_T.dtype.kind not in "iu"):
         raise ValueError(
@@ -230,6 +217,7 @@ def _check_index(name: str, values: Any, num_tokens: int) -> np.ndarray:
 
 
 def _check_mask(row_mask: Any, num_tokens: int) -> np.ndarray:
+    """row_mask_T bool, or ValueError."""
     row_mask_T = np.asarray(row_mask)
     if row_mask_T.shape != (num_tokens,) or row_mask_T.dtype != bool:
         raise ValueError(
@@ -240,6 +228,7 @@ def _check_mask(row_mask: Any, num_tokens: int) -> np.ndarray:
 
 
 def _check_weights(weights: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """weights_TLK, or ValueError."""
     weights_TLK = np.asarray(weights)
     if weights_TLK.shape != shape or weights_TLK.dtype.kind != "f":
         raise ValueError(
@@ -252,6 +241,7 @@ def _check_weights(weights: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _refuse_bad_ids(report: TraceReport, trace: Trace) -> None:
+    """ValueError when ids would be miscounted; missing ones (-1) are fine."""
     if report.num_out_of_range:
         raise ValueError(
             f"ids_TLK must lie in [0, {trace.num_experts}) or be -1, got "

@@ -1,1 +1,1 @@
-"""Measurements and the demo."""
+"""How fast the layer is, against whom, how far from the machine's limit; and the demo."""

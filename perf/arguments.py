@@ -3,6 +3,8 @@
 import argparse
 from math import isfinite
 
+TRACE_HELP = 'recording for the scenario "trace" (default: the demo\'s, in the repository)'
+
 
 def count(text: str) -> int:
     """A whole number of at least 1."""

@@ -22,8 +22,9 @@ from megakernel.tools.compile_cases import compile_cases
 from megakernel.tools.compile_check import compile_case
 from perf.measuring.measure import DEFAULT, QUICK, Protocol
 from perf.problems.providers import OURS, PLAIN
-from perf.results import report, timelines
+from perf.results import timelines
 from perf.results.record import ROOT, provenance
+from perf.results.report import draw_all, read_or_none
 from perf.suites.bench import Bench
 from perf.suites.command import run_suite
 
@@ -46,7 +47,11 @@ REPORT_SECONDS = 20.0
 
 @dataclass
 class Clock:
-    """Seconds left of the whole run."""
+    """Seconds left of the whole run.
+
+    Attributes:
+        end: ``time.monotonic()`` at which it must be over.
+    """
 
     end: float
 
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     with precompile():
         failures = run_tests(clock)
     failures += run_suites(clock, out, DEFAULT if arguments.full else QUICK, names)
-    report.draw_all(report.read_or_none([out]), out)
+    draw_all(read_or_none([out]), out)
     timelines.draw_saved([out], out)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
@@ -128,7 +133,7 @@ def run_suites(
             protocol=protocol,
             deadline=deadline,
             providers=providers,
-            _roofs=roofs,
+            known_roofs=roofs,
         )
         try:
             failures += run_suite(name, bench, out)

@@ -1,17 +1,25 @@
-"""What the command line says: is balancing worth it, and who balances how well?
+"""Figures to compare by: is balancing worth it, and who balances how well?
 
 Rows are frozen records, so that tables, JSON and pictures come from the same figures.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from balance.compare.baselines import BASELINES, Outcome, run_baseline
-from balance.measures import load as cost
+from balance.compare.baselines.run import BASELINES, Outcome, run_baseline
+from balance.exact.bounds import ideal_level
+from balance.measures.load import (
+    efficiency,
+    gini,
+    max_violation,
+    ratio_to,
+    round_to_tiles,
+    slowest,
+    summarize,
+)
 from balance.plan import Plan
 from balance.topology import Topology
 from balance.trace import Trace
@@ -26,7 +34,7 @@ WORTH_IT = 1.09
 class RankStats:
     """Contiguous placement on some ranks: what there is to gain.
 
-    Args:
+    Attributes:
         num_ranks: expert-parallel ranks.
         imbalance_avg, imbalance_p95, imbalance_worst: max / mean over ranks.
         slowdown: sum of maxima / sum of means, the time of the expert layers over the balanced.
@@ -66,7 +74,7 @@ class TraceStats:
 class Row:
     """One method in the comparison.
 
-    Args:
+    Attributes:
         name: of the method.
         imbalance_avg, imbalance_p95, imbalance_worst: max / mean over ranks.
         efficiency: sum of means / sum of maxima.
@@ -109,8 +117,8 @@ def trace_stats(trace: Trace, rank_counts: Sequence[int]) -> TraceStats:
         report.num_missing,
         trace.num_tokens - report.num_rows,
         report.all_zero_layers,
-        float(cost.gini(load_BLE.sum(0)).mean()),
-        float(cost.max_violation(load_BLE.sum(0)).mean()),
+        float(gini(load_BLE.sum(0)).mean()),
+        float(max_violation(load_BLE.sum(0)).mean()),
         tuple(_rank_stats(load_BLE, ranks) for ranks in counts),
     )
 
@@ -153,10 +161,6 @@ def compare(
 
 def lower_bound(load_BLE: np.ndarray, topology: Topology) -> np.ndarray:
     """Least time of the slowest rank, whatever the plan: load / speed, in whole assignments."""
-    import torch
-
-    from balance.exact.bounds import ideal_level
-
     total_BL = torch.from_numpy(load_BLE.sum(2).astype(np.int64))
     speed_R = torch.from_numpy(topology.speed_R)
     return ideal_level(total_BL.reshape(-1), speed_R).reshape(total_BL.shape).numpy()
@@ -165,10 +169,10 @@ def lower_bound(load_BLE: np.ndarray, topology: Topology) -> np.ndarray:
 def make_row(outcome: Outcome, bound_BL: np.ndarray, topology: Topology) -> Row:
     """Summary of one outcome against the bound."""
     speed_R = topology.speed_R
-    balance = cost.summarize(outcome.rank_load_BLR, speed_R)
+    balance = summarize(outcome.rank_load_BLR, speed_R)
     ideal_BL = outcome.rank_load_BLR.sum(2) / speed_R.sum()
-    ratio_BL = _ratio(cost.slowest(outcome.rank_load_BLR, speed_R), bound_BL)
-    tiles_BL = _ratio(cost.slowest(outcome.tile_load_BLR, speed_R), ideal_BL)
+    ratio_BL = ratio_to(bound_BL, slowest(outcome.rank_load_BLR, speed_R))
+    tiles_BL = ratio_to(ideal_BL, slowest(outcome.tile_load_BLR, speed_R))
     return Row(
         outcome.name,
         balance.imbalance_avg,
@@ -201,7 +205,7 @@ def measure_plan(plan: Plan, trace: Trace, tile: int) -> Outcome:
             slot_TK = plan.slot_of_TK(b, layer, trace)
             load_RQ = np.bincount(slot_TK[slot_TK >= 0], minlength=num_slots).reshape(R, -1)
             rank_load_BLR[b, layer] = load_RQ.sum(1)
-            tile_load_BLR[b, layer] = cost.round_to_tiles(load_RQ, tile).sum(1)
+            tile_load_BLR[b, layer] = round_to_tiles(load_RQ, tile).sum(1)
     copies_BL = (plan.expert_of_BLP >= 0).sum(2) - plan.num_experts
     static_L = plan.is_static_LP.sum(1)
     # Batch-static copies and moved homes travel once, the other copies for every micro-batch.
@@ -211,62 +215,10 @@ def measure_plan(plan: Plan, trace: Trace, tile: int) -> Outcome:
     return Outcome(OURS, rank_load_BLR, tile_load_BLR, copies_BL, arrivals_BL, plan.plan_seconds)
 
 
-def format_stats(stats: TraceStats) -> str:
-    """Text for people."""
-    lines = [
-        stats.label,
-        f"{stats.num_tokens:,} tokens, {stats.num_micro_batches} micro-batches, "
-        f"{stats.num_layers} layers, {stats.num_experts} experts, top-{stats.top_k}",
-        f"not counted: {stats.num_masked_rows:,} masked tokens, {stats.num_missing:,} missing ids",
-        f"experts over the batch: Gini {stats.gini:.3f}, MaxVio {stats.max_violation:.2f}",
-        "",
-        f"{'ranks':>5} {'max/mean avg':>13} {'p95':>6} {'worst':>6} {'slowdown':>9} "
-        f"{'of batch sums':>14}   balancing",
-    ]
-    if stats.all_zero_layers:
-        lines.insert(3, f"WARNING: every id is 0 in layers {list(stats.all_zero_layers)}")
-    for at in stats.ranks:
-        verdict = "is worth it" if at.worth_it else f"gains too little (below {WORTH_IT})"
-        lines.append(
-            f"{at.num_ranks:>5} {at.imbalance_avg:>13.3f} {at.imbalance_p95:>6.3f} "
-            f"{at.imbalance_worst:>6.3f} {at.slowdown:>9.3f} {at.batch_slowdown:>14.3f}   "
-            f"{verdict}"
-        )
-    return "\n".join(lines)
-
-
-def format_rows(rows: Sequence[Row]) -> str:
-    """The comparison as a table in Markdown."""
-    head = (
-        "| method | max/mean avg | p95 | worst | efficiency | gap to bound | in tiles | "
-        "copies | arrivals | seconds |"
-    )
-    lines = [head, "|---|" + "---:|" * 9]
-    for row in rows:
-        cells = [
-            row.name,
-            f"{row.imbalance_avg:.4f}",
-            f"{row.imbalance_p95:.3f}",
-            f"{row.imbalance_worst:.3f}",
-            f"{row.efficiency:.3f}",
-            f"{100 * row.gap:.2f} %",
-            *(
-                "" if value is None else f"{value:.{digits}f}"
-                for value, digits in (
-                    (row.tile_imbalance, 3),
-                    (row.copies, 1),
-                    (row.arrivals, 1),
-                    (row.plan_seconds, 2),
-                )
-            ),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def _rank_stats(load_BLE: np.ndarray, num_ranks: int) -> RankStats:
+    """What contiguous placement on so many ranks loses."""
     rank_load_BLR = contiguous_rank_load(load_BLE, num_ranks)
-    balance = cost.summarize(rank_load_BLR)
+    balance = summarize(rank_load_BLR)
     slowdown = 1 / balance.efficiency
     return RankStats(
         num_ranks,
@@ -274,14 +226,15 @@ def _rank_stats(load_BLE: np.ndarray, num_ranks: int) -> RankStats:
         balance.imbalance_p95,
         balance.imbalance_worst,
         slowdown,
-        1 / cost.efficiency(rank_load_BLR.sum(0)),
+        1 / efficiency(rank_load_BLR.sum(0)),
         slowdown > WORTH_IT,
     )
 
 
 def _bound_row(load_BLE: np.ndarray, bound_BL: np.ndarray, topology: Topology) -> Row:
+    """The bound itself, shown as if it were a method."""
     ideal_BL = load_BLE.sum(2) / topology.speed_R.sum()
-    ratio_BL = _ratio(bound_BL, ideal_BL)
+    ratio_BL = ratio_to(ideal_BL, bound_BL)
     total = bound_BL.sum()
     some = ratio_BL.size > 0
     return Row(
@@ -299,10 +252,6 @@ def _bound_row(load_BLE: np.ndarray, bound_BL: np.ndarray, topology: Topology) -
     )
 
 
-def _ratio(value: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """value / base, 1 where both are 0: nothing to balance."""
-    return np.divide(value, base, out=np.ones_like(base), where=base > 0)
-
-
 def _mean(values: np.ndarray) -> float:
+    """Mean, 0 of nothing."""
     return float(values.mean()) if values.size else 0.0

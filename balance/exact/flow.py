@@ -2,11 +2,9 @@
 
 Subset tables end at eight ranks. Beyond, a threshold t is feasible when a flow moves every rank's
 surplus over ``t · speed`` to ranks with room, along copies. If not, the ranks that the surplus can
-still reach form a set A whose load cannot leave it, so ``inside(A) / speed(A) > t`` is the next
-threshold (Dinkelbach's method). It ends, exactly, at the maximum over all sets, and A proves it.
+still reach form a set u whose load cannot leave it, so ``inside(u) / speed(u) > t`` is the next
+threshold (Dinkelbach's method). It ends, exactly, at the maximum over all sets, and u proves it.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +16,7 @@ import numpy as np
 class Flow:
     """Where the load went.
 
-    Args:
+    Attributes:
         load_XD: load of expert x that rank d serves; zero where d holds no copy.
         stuck_D: bool, the ranks of a set whose load does not fit under the limits; None when
             everything fits.
@@ -43,7 +41,7 @@ def best_level(
         start_XD: a split to start from, which saves time when it is good; None for any.
 
     Returns:
-        The level, max over sets A of inside(A) / speed(A), and tight_D bool, the set.
+        The level, max over sets u of inside(u) / speed(u), and tight_D bool, the set.
     """
     load_XD = np.zeros(holds_XD.shape)
     if start_XD is None:

@@ -8,8 +8,6 @@ on rank r that chose expert e goes to the first copy v with ``quota_prefix_REV[r
                           [0, 3]]   rank 1: all three to copy 1, which is local
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

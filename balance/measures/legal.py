@@ -1,7 +1,5 @@
 """Is a plan one that can be executed?"""
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.topology import Topology
@@ -40,6 +38,7 @@ def _why_misplaced(
     is_static_LP: np.ndarray,
     num_experts: int,
 ) -> str | None:
+    """The first broken rule of where copies are, or None."""
     filled = experts >= 0
     layers = np.arange(len(home_slot_LE))[:, None]
     if (experts[:, layers, home_slot_LE] != np.arange(num_experts)).any():
@@ -66,6 +65,7 @@ def _why_misplaced(
 def _why_unbalanced(
     experts: np.ndarray, quota_BLP: np.ndarray, load_BLE: np.ndarray
 ) -> str | None:
+    """The first broken rule of what copies serve, or None."""
     if (quota_BLP < 0).any() or (quota_BLP[experts < 0] != 0).any():
         return "a quota is negative or stands on an empty slot"
     served = np.zeros((*experts.shape[:2], load_BLE.shape[2] + 1), dtype=np.int64)

@@ -5,8 +5,6 @@ is given. Every function takes the last axis as the one to balance over and keep
 is not modelled: all-to-all volume, weight copies, gradient reduction, memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 class Balance:
     """Summary of rank loads over layers and micro-batches.
 
-    Args:
+    Attributes:
         imbalance_avg: mean of max / mean, from 1.0.
         imbalance_p95: 95th percentile, linear interpolation.
         imbalance_worst: maximum.
@@ -45,6 +43,34 @@ def summarize(load_BLR: Any, speed_R: Any = None) -> Balance:
         efficiency(load_BLR, speed_R),
         float(straggler(load_BLR, speed_R).mean()),
     )
+
+
+def summarize_bound(
+    level_BL: np.ndarray, bound_BL: np.ndarray, ideal_BL: np.ndarray
+) -> dict[str, float]:
+    """Imbalance of a lower bound, and how far the levels are above it.
+
+    Args:
+        level_BL: load / speed of the slowest rank.
+        bound_BL: lower bound of it.
+        ideal_BL: load / speed when all ranks take equally long.
+
+    Returns:
+        lower_bound_avg, the mean of bound / ideal; gap_avg, gap_p99 and gap_worst of
+        level / bound - 1; 1.0 and 0.0 where there is no problem at all.
+    """
+    bound, gap = ratio_to(ideal_BL, bound_BL), ratio_to(bound_BL, level_BL) - 1
+    return {
+        "lower_bound_avg": float(bound.mean()) if bound.size else 1.0,
+        "gap_avg": float(gap.mean()) if gap.size else 0.0,
+        "gap_p99": float(np.percentile(gap, 99)) if gap.size else 0.0,
+        "gap_worst": float(gap.max(initial=0.0)),
+    }
+
+
+def ratio_to(base: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """value / base, 1 where the base is 0: nothing to balance."""
+    return np.divide(value, base, out=np.ones_like(base), where=base > 0)
 
 
 def imbalance(load_R: Any, speed_R: Any = None) -> np.ndarray:
@@ -142,6 +168,7 @@ def check_loads(name: str, load: Any) -> np.ndarray:
 
 
 def _slowest_and_ideal(load_R: Any, speed_R: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Time of the slowest rank, and the time if all took equally long: [...] each."""
     load_R = check_loads("load_R", load_R)
     if speed_R is None:
         return load_R.max(-1), load_R.mean(-1)

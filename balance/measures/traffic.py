@@ -1,7 +1,5 @@
 """What travels between ranks and nodes, and when should an expert travel in its tokens' place?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +12,7 @@ from balance.trace import Trace
 class Traffic:
     """Token activations that leave their rank, and those that leave their node.
 
-    Args:
+    Attributes:
         num_assignments: choices that name an expert.
         cross_rank: sent to another rank, one send for every assignment.
         cross_rank_once: the same with a token sent once to each rank that needs it.
@@ -30,7 +28,8 @@ class Traffic:
     cross_node_once_per_rank: int = 0
     cross_node_once_per_node: int = 0
 
-    def __add__(self, other: Traffic) -> Traffic:
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Sends of both."""
         names = self.__dataclass_fields__
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in names))
 

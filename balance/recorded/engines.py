@@ -5,8 +5,6 @@ tokens, except the last sampled one. Both engines return a row for every hidden 
 layers hold zeros and are left out with ``moe_layers``.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io
@@ -89,15 +87,23 @@ def from_vllm(
 
     A choice that holds None was aborted before its first forward and has no tokens.
     """
-    sequences = []
-    for number, response in enumerate(responses):
-        for choice in response.get("choices", ()):
-            if "routed_experts" not in choice:
-                raise ValueError(f"response {number} has a choice without routed_experts")
-            if choice["routed_experts"] is not None:
-                sequences.append(decode_vllm(choice["routed_experts"]))
+    payloads = [
+        payload
+        for number, response in enumerate(responses)
+        for payload in _vllm_payloads(response, number)
+    ]
+    sequences = [decode_vllm(payload) for payload in payloads]
     lengths = [len(ids_TLK) + 1 for ids_TLK in sequences]
     return join(sequences, num_experts, moe_layers=moe_layers, num_tokens_S=lengths, label=label)
+
+
+def _vllm_payloads(response: dict[str, Any], number: int) -> list[str | bytes]:
+    """The payload of each choice of a response that got as far as a forward."""
+    choices = response.get("choices", ())
+    if any("routed_experts" not in choice for choice in choices):
+        raise ValueError(f"response {number} has a choice without routed_experts")
+    payloads = [choice["routed_experts"] for choice in choices]
+    return [payload for payload in payloads if payload is not None]
 
 
 def _sglang_payloads(
@@ -117,6 +123,7 @@ def _sglang_payloads(
 
 
 def _from_base64(payload: str | bytes) -> bytes:
+    """The bytes of a payload, or ValueError."""
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, TypeError) as error:

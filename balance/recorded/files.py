@@ -1,7 +1,5 @@
 """Plain files: npz with ids, and the JSON of the gpt-oss fingerprinting data set."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ A trainer packs whole sequences, so tokens of a micro-batch are far from indepen
 sequences, and even more so the domains they come from, favour experts of their own.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np
@@ -108,6 +106,7 @@ def deal_to_ranks(length_S: np.ndarray, micro_batch_S: np.ndarray, num_ranks: in
 
 
 def _check_starts(sequence_start: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Length of each sequence, length_S int64, or ValueError."""
     starts = np.asarray(sequence_start)
     if starts.ndim != 1 or starts.dtype.kind not in "iu" or not len(starts):
         raise ValueError(

@@ -1,10 +1,8 @@
-"""Readers for recorded routing: what engines return, what trainers carry, plain files.
+"""What kind of recording is this, and who reads it?
 
-All of them end in ``Routes`` (whole sequences, to be packed) or, where micro-batches and ranks
+All readers end in ``Routes`` (whole sequences, to be packed) or, where micro-batches and ranks
 were recorded, in a ``Trace``.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,31 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from balance.recorded.engines import decode_sglang, decode_vllm, from_sglang, from_vllm
-from balance.recorded.files import read_fingerprints, read_npz, write_npz
-from balance.recorded.routes import Routes, join
+from balance.recorded import FORMATS
+from balance.recorded.engines import from_sglang, from_vllm
+from balance.recorded.files import read_fingerprints, read_npz
+from balance.recorded.routes import Routes
 from balance.recorded.trainers import from_megatron, from_slime, from_verl, read_megatron_records
 from balance.trace import Trace
-
-__all__ = [
-    "FORMATS",
-    "Routes",
-    "decode_sglang",
-    "decode_vllm",
-    "detect",
-    "from_megatron",
-    "from_sglang",
-    "from_slime",
-    "from_verl",
-    "from_vllm",
-    "join",
-    "read",
-    "read_fingerprints",
-    "read_npz",
-    "write_npz",
-]
-
-FORMATS = ("trace", "npz", "sglang", "vllm", "verl", "slime", "megatron", "fingerprint")
 
 
 def read(
@@ -68,6 +47,8 @@ def read(
     path = Path(path)
     if format == "auto":
         format = detect(path)
+    if format not in FORMATS:
+        raise ValueError(f"format must be auto or one of {', '.join(FORMATS)}, got {format!r}")
     layers = None if moe_layers is None else list(moe_layers)
     if format == "trace":
         return Trace.load(path)
@@ -75,8 +56,6 @@ def read(
         return read_npz(path, num_experts, layers)
     if format == "fingerprint":
         return read_fingerprints(path, num_experts, layers, on_file)
-    if format not in FORMATS:
-        raise ValueError(f"format must be auto or one of {', '.join(FORMATS)}, got {format!r}")
     if num_experts is None:
         raise ValueError(f"num_experts must be given for format {format}, got None")
     if format == "megatron":
@@ -112,6 +91,7 @@ def detect(path: Path) -> str:
 
 
 def _detect_json(path: Path) -> str:
+    """Which format a JSON file is, by the keys of its first object."""
     first = next(_responses(path), {})
     if "router_data" in first:
         return "fingerprint"
@@ -139,6 +119,7 @@ def _responses(path: Path) -> Iterator[dict[str, Any]]:
 def _read_tensors(
     path: Path, format: str, num_experts: int, moe_layers: list[int] | None
 ) -> Routes:
+    """Routes of a file that torch saved: verl's batch, slime's samples or their lists."""
     data = _load_tensors(path)
     if format == "verl":
         mask = data.get("attention_mask")

@@ -1,7 +1,5 @@
 """Recorded sequences before anyone has packed them: the common end of all readers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +15,7 @@ from balance.trace import Trace
 class Routes:
     """Expert ids of whole sequences.
 
-    Args:
+    Attributes:
         ids_TLK: logical ids, sequences one after the other, MoE layers only.
         sequence_start: [S + 1] token offsets.
         num_experts: logical experts of a layer.
@@ -42,7 +40,7 @@ class Routes:
         order: Order = "shuffled",
         seed: int = 0,
     ) -> Trace:
-        """Pack the sequences into micro-batches and deal them to ranks: ``balance.recorded.packing``."""
+        """Fill micro-batches and deal the sequences to ranks: ``balance.recorded.packing``."""
         return pack(
             self.ids_TLK,
             self.sequence_start,
@@ -149,6 +147,7 @@ def select_layers(ids_TLK: np.ndarray, moe_layers: Sequence[int] | None) -> np.n
 
 
 def _layer_numbers(moe_layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Numbers in the model of the layers that were kept."""
     return tuple(range(num_layers) if moe_layers is None else moe_layers)
 
 

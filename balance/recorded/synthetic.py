@@ -10,8 +10,6 @@ before. The default spreads reproduce gpt-oss-20b's correlation inside a sequenc
 neighbouring tokens and rank imbalance; every label says "synthetic".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ _TOKENS_PER_CHUNK = 8192
 class SyntheticConfig:
     """What to make up.
 
-    Args:
+    Attributes:
         num_experts, top_k, num_layers: of the model; top_k <= num_experts.
         num_micro_batches, tokens_per_micro_batch: of the batch; the last may run short.
         num_ranks: ranks that whole sequences are dealt to.
@@ -88,6 +86,8 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class _Sequences:
+    """Decided before any routing: tokens, domain, micro-batch and rank of each sequence."""
+
     length_S: np.ndarray
     domain_S: np.ndarray
     micro_batch_S: np.ndarray
@@ -180,13 +180,13 @@ def _layer_logits(config: SyntheticConfig, sequences: _Sequences) -> Iterator[np
 
     for _ in range(config.num_layers):
         base_E = np.float32(rng.uniform(*config.base_spread)) * normal(1)[0]
-        domain_DE = np.float32(config.domain_spread) * normal(config.num_domains)
+        of_domain = np.float32(config.domain_spread) * normal(config.num_domains)
         drift_BE = np.float32(config.drift) * np.cumsum(normal(num_micro_batches), axis=0)
         sequence_spread = np.float32(rng.uniform(*config.sequence_spread))
         sequence_SE = sequence_spread * normal(len(sequences.length_S))
         yield (
             base_E
-            + domain_DE[sequences.domain_S]
+            + of_domain[sequences.domain_S]
             + drift_BE[sequences.micro_batch_S]
             + sequence_SE
         )

@@ -1,7 +1,5 @@
 """What trainers carry: verl's padded or jagged tensors, slime's lists, Megatron's router trace."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -120,9 +118,7 @@ def read_megatron_records(path: Path) -> Iterable[dict[str, Any]]:
         raise ValueError(f"path must hold router_trace_rank*.jsonl files, got {path}")
     for file in files:
         with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+            yield from (json.loads(line) for line in lines if line.strip())
 
 
 def _stack_layers(

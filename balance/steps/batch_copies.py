@@ -1,185 +1,190 @@
-"""Which experts get a copy on another node for a whole batch?
+"""Copies that stay on another node for the whole batch: where they sit, what each node serves.
 
-Inside a node, copies of a micro-batch level its ranks; between nodes they would cost too much, so
-node imbalance is what remains. One or two copies per node that stay for the batch remove most of
-it: they are paid for once, and every micro-batch splits its tokens between the nodes anew.
+Which experts get one is chosen in ``balance.steps.batch_copy_experts``, which rank of the node
+holds it in ``balance.steps.batch_copy_ranks``. What is known here is their outcome, and from it,
+once per batch, how every micro-batch divides its units over the nodes.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from balance.exact import rank_sets as subsets
-from balance.exact import split
-
-# Candidates of a pick that are evaluated exactly; over eight nodes each costs a flow a problem.
-CANDIDATES, CANDIDATES_BY_FLOW = 16, 1
-# A slot that lowers the node level by less than this, relative to a perfect one, serves better as
-# a spare slot of the micro-batches.
-WORTH_A_SLOT = 1e-3
+from balance.exact import bounds, split
+from balance.steps.batch_copy_experts import choose_experts
+from balance.steps.batch_copy_ranks import choose_seats
+from balance.steps.present import Present
 
 
-def choose_cross_node_copies(
-    load_BLE: np.ndarray, node_LE: np.ndarray, speed_N: np.ndarray, copies_per_node: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy choice of batch-static copies by the node-level Hall value.
+@dataclass(frozen=True)
+class BatchCopies:
+    """Batch-static copies, in J = nodes × copies per node entries; -1 where there is none.
 
-    Each pick is the copy (expert, node) that lowers the most
+    Attributes:
+        copy_LJ: expert of each entry.
+        rank_LJ: present rank that holds it.
+        spare_LJ: spare slot that it takes, counted over the spare slots M of all present ranks.
+        node_of_J: node of each entry.
+    """
 
-        sum over micro-batches of max over node sets A of (load of experts only in A) / speed(A)
+    copy_LJ: np.ndarray
+    rank_LJ: np.ndarray
+    spare_LJ: np.ndarray
+    node_of_J: np.ndarray
 
-    among the candidates with the largest estimated relief. Picks after the lowest sum are undone;
-    then each copy in turn is taken out and picked again.
+    @property
+    def num_entries(self) -> int:
+        """J."""
+        return self.copy_LJ.shape[1]
+
+    def of_layers(self, layers: np.ndarray) -> "BatchCopies":
+        """The entries of some layers, in any order and number."""
+        return BatchCopies(
+            self.copy_LJ[layers], self.rank_LJ[layers], self.spare_LJ[layers], self.node_of_J
+        )
+
+    def serve(self, unit_BLE: np.ndarray, rank_LE: np.ndarray, present: Present) -> "Serving":
+        """Divide units over the nodes such that the slowest node is fastest, in whole units.
+
+        Where that leaves a choice, an entry serves what its rank lacks to be busy all the time; an
+        entry that has no rank yet serves an equal share.
+
+        Args:
+            unit_BLE: int64 units to serve.
+            rank_LE: present rank of each home.
+            present: ranks, nodes, speeds.
+        """
+        num_micro_batches, num_layers, num_experts = unit_BLE.shape
+        if not self.num_entries:
+            return self.serve_shares(unit_BLE, np.zeros((num_micro_batches, num_layers, 0), int))
+        problem = (
+            torch.from_numpy(unit_BLE.reshape(num_micro_batches * num_layers, num_experts)),
+            torch.from_numpy(present.node_of_D[rank_LE]).repeat(num_micro_batches, 1),
+            torch.from_numpy(self.copy_LJ).repeat(num_micro_batches, 1),
+            torch.from_numpy(self.node_of_J),
+            torch.from_numpy(present.speed_N),
+        )
+        has_ranks = bool((self.rank_LJ >= 0).any())
+        wish_BLJ = self._lacking_units(unit_BLE, rank_LE, present) if has_ranks else None
+        share_FJ = split.integer_quotas(
+            *problem, None if wish_BLJ is None else torch.from_numpy(wish_BLJ).flatten(0, 1)
+        )
+        share_BLJ = share_FJ.numpy().reshape(num_micro_batches, num_layers, self.num_entries)
+        bound_BL = bounds.node_level(*problem).numpy().reshape(num_micro_batches, num_layers)
+        return self.serve_shares(unit_BLE, share_BLJ, bound_BL)
+
+    def serve_shares(
+        self, unit_BLE: np.ndarray, share_BLJ: np.ndarray, bound_BL: np.ndarray | None = None
+    ) -> "Serving":
+        """With what each entry serves given; home nodes serve the rest."""
+        rest_BLE = unit_BLE.copy()
+        for layer, entry in zip(*(self.copy_LJ >= 0).nonzero(), strict=True):
+            rest_BLE[:, layer, self.copy_LJ[layer, entry]] -= share_BLJ[:, layer, entry]
+        return Serving(self, share_BLJ, rest_BLE, bound_BL)
+
+    def shares_of(self, divided_LEN: np.ndarray) -> np.ndarray:
+        """Entries' part, share_LJ, of the units of each expert that each node shall serve."""
+        layers = np.arange(len(self.copy_LJ))[:, None]
+        share_LJ = divided_LEN[layers, np.maximum(self.copy_LJ, 0), self.node_of_J]
+        return np.where(self.copy_LJ >= 0, share_LJ, 0)
+
+    def relabelled(
+        self, label_LD: np.ndarray, present: Present, spares_per_rank: int
+    ) -> "BatchCopies":
+        """The same on ranks, and nodes of ranks, with new labels."""
+        copies_per_node = np.bincount(self.node_of_J).max(initial=1)
+        first_of_J = np.searchsorted(present.node_of_D, self.node_of_J)
+        node_LJ = present.node_of_D[label_LD[:, first_of_J]]
+        entry_LJ = node_LJ * copies_per_node + np.arange(self.num_entries) % copies_per_node
+        rank_LJ = np.take_along_axis(label_LD, np.maximum(self.rank_LJ, 0), 1)
+        spare_LJ = rank_LJ * spares_per_rank + self.spare_LJ % max(1, spares_per_rank)
+        values = (self.copy_LJ, rank_LJ, spare_LJ)
+        moved = [np.full_like(self.copy_LJ, -1) for _ in values]
+        for new_LJ, old_LJ in zip(moved, values, strict=True):
+            np.put_along_axis(new_LJ, entry_LJ, np.where(self.rank_LJ >= 0, old_LJ, -1), 1)
+        copy_LJ, rank_LJ, spare_LJ = moved
+        return BatchCopies(copy_LJ, rank_LJ, spare_LJ, self.node_of_J)
+
+    def in_spare_slots(self, present: Present, spares_per_rank: int) -> np.ndarray:
+        """Expert of each spare slot of the present ranks, -1 for none: static_LM."""
+        static_LM = np.full((len(self.copy_LJ), len(present.ranks) * spares_per_rank), -1)
+        self.write_to_spares(static_LM, self.copy_LJ)
+        return static_LM
+
+    def write_to_spares(self, value_LM: np.ndarray, value_LJ: np.ndarray) -> None:
+        """Write values of the entries, [..., L, J], to their spare slots, [..., L, M]."""
+        layer, entry = (self.spare_LJ >= 0).nonzero()
+        value_LM[..., layer, self.spare_LJ[layer, entry]] = value_LJ[..., layer, entry]
+
+    def _lacking_units(
+        self, unit_BLE: np.ndarray, rank_LE: np.ndarray, present: Present
+    ) -> np.ndarray:
+        """Units that keep each entry's rank busy, shared among the entries of that rank."""
+        lack_BLD = np.maximum(present.lack(unit_BLE, rank_LE), 0).astype(np.int64)
+        sharers_LJ = (self.rank_LJ[:, :, None] == self.rank_LJ[:, None, :]).sum(2)
+        wish_BLJ = np.take_along_axis(lack_BLD, np.maximum(self.rank_LJ, 0)[None], 2) // sharers_LJ
+        return np.where(self.copy_LJ >= 0, wish_BLJ, 0)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Batch-static copies that have been told what they serve.
+
+    Attributes:
+        copies: the entries.
+        share_BLJ: units that each entry serves.
+        rest_BLE: units left to the home node of each expert.
+        bound_BL: no split between these nodes is faster; None where shares were given.
+    """
+
+    copies: BatchCopies
+    share_BLJ: np.ndarray
+    rest_BLE: np.ndarray
+    bound_BL: np.ndarray | None = None
+
+
+def choose_batch_copies(
+    unit_BLE: np.ndarray,
+    rank_LE: np.ndarray,
+    present: Present,
+    spares_per_rank: int,
+    copies_per_node: int,
+    homes_are_free: bool,
+) -> tuple[BatchCopies, np.ndarray]:
+    """Choose batch-static copies, their ranks, and the homes beside them.
 
     Args:
-        load_BLE: assignments per micro-batch, layer and expert.
-        node_LE: home node of each expert.
-        speed_N: speed of each node, > 0.
-        copies_per_node: most copies that one node takes per layer.
+        unit_BLE: int64 units to serve.
+        rank_LE: present rank of each home.
+        present: ranks, nodes, speeds.
+        spares_per_rank: spare slots of each rank.
+        copies_per_node: most of them that such copies take on a node.
+        homes_are_free: may homes trade ranks inside their node?
 
     Returns:
-        copy_LS int64: expert in each cross-node slot, -1 for none, and node_of_S int64, the node
-        of each slot: N · copies_per_node slots, ascending.
+        The copies, and rank_LE after such trades.
     """
-    num_layers, num_nodes = node_LE.shape[0], len(speed_N)
-    node_of_S = torch.arange(num_nodes).repeat_interleave(copies_per_node)
-    copy_LS = torch.full((num_layers, len(node_of_S)), -1)
-    load_LBE = torch.from_numpy(np.ascontiguousarray(load_BLE.transpose(1, 0, 2))).double()
-    home_LE, speeds = torch.from_numpy(node_LE), torch.from_numpy(speed_N)
-    best_LS = copy_LS.clone()
-    best_L = _levels(load_LBE, home_LE, copy_LS, node_of_S, speeds)[0].sum(1)
-    layers = torch.arange(num_layers if num_nodes > 1 else 0)
-    for _ in range(len(node_of_S)):
-        picked_LS, level_L = _pick(
-            load_LBE[layers], home_LE[layers], copy_LS[layers], node_of_S, speeds
+    node_LE = present.node_of_D[rank_LE]
+    copy_LJ, node_of_J = choose_experts(unit_BLE, node_LE, present.speed_N, copies_per_node)
+    nowhere_LJ = np.full_like(copy_LJ, -1)
+    guess = BatchCopies(copy_LJ, nowhere_LJ, nowhere_LJ, node_of_J).serve(
+        unit_BLE, rank_LE, present
+    )
+    seats = [
+        choose_seats(
+            guess.rest_BLE[:, layer],
+            guess.share_BLJ[:, layer],
+            rank_LE[layer],
+            copy_LJ[layer],
+            node_of_J,
+            present,
+            spares_per_rank,
+            homes_are_free,
         )
-        possible_L = level_L < torch.inf
-        layers, level_L = layers[possible_L], level_L[possible_L]
-        copy_LS[layers] = picked_LS[possible_L]
-        # Two nodes that are equally slow need two picks before the level falls.
-        better_L = level_L < best_L[layers] * (1 - 1e-9)
-        best_LS[layers[better_L]] = copy_LS[layers[better_L]]
-        best_L[layers[better_L]] = level_L[better_L]
-    for slot in range(len(node_of_S) if num_nodes > 1 else 0):
-        without_LS = best_LS.clone()
-        without_LS[:, slot] = -1
-        picked_LS, level_L = _pick(load_LBE, home_LE, without_LS, node_of_S, speeds)
-        better_L = level_L < best_L * (1 - 1e-9)
-        best_LS[better_L], best_L[better_L] = picked_LS[better_L], level_L[better_L]
-    if 1 < num_nodes <= subsets.MAX_RANKS and copies_per_node:
-        ideal_L = load_LBE.sum((1, 2)) / speeds.sum()
-        _prune(load_LBE, home_LE, best_LS, node_of_S, speeds, best_L + WORTH_A_SLOT * ideal_L)
-    return best_LS.numpy(), node_of_S.numpy()
-
-
-def _prune(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LS: torch.Tensor,
-    node_of_S: torch.Tensor,
-    speed_N: torch.Tensor,
-    limit_L: torch.Tensor,
-) -> None:
-    """Take out copies, the most dispensable first, while the summed level stays in its limit."""
-    layers = torch.arange(len(copy_LS))
-    while len(layers):
-        level_LS = torch.full((len(layers), copy_LS.shape[1]), torch.inf, dtype=torch.float64)
-        for slot in range(copy_LS.shape[1]):
-            without_LS = copy_LS[layers]
-            filled_L = without_LS[:, slot] >= 0
-            without_LS[:, slot] = -1
-            level_LB, _ = _levels(
-                load_LBE[layers], node_LE[layers], without_LS, node_of_S, speed_N
-            )
-            level_LS[:, slot] = torch.where(filled_L, level_LB.sum(1), torch.inf)
-        level_L, slot_L = level_LS.min(1)
-        spare_L = level_L <= limit_L[layers]
-        layers = layers[spare_L]
-        copy_LS[layers, slot_L[spare_L]] = -1
-
-
-def _pick(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LS: torch.Tensor,
-    node_of_S: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One more copy for each layer: copy_LS, and the summed level_L, inf where there is none."""
-    num_nodes = len(speed_N)
-    relief_LEN = _relief(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
-    exact = num_nodes <= subsets.MAX_RANKS
-    most = min(CANDIDATES if exact else CANDIDATES_BY_FLOW, relief_LEN[0:1].numel())
-    relief_LV, choice_LV = relief_LEN.flatten(1).topk(most, dim=1)
-    best_L = torch.full((len(load_LBE),), torch.inf, dtype=torch.float64)
-    best_LS = copy_LS.clone()
-    for relief_L, choice_L in zip(relief_LV.T, choice_LV.T, strict=True):
-        trial_LS = _place(copy_LS, choice_L // num_nodes, choice_L % num_nodes, node_of_S)
-        level_L = _levels(load_LBE, node_LE, trial_LS, node_of_S, speed_N)[0].sum(1)
-        better_L = (level_L < best_L) & (relief_L > 0)
-        best_LS[better_L], best_L[better_L] = trial_LS[better_L], level_L[better_L]
-    return best_LS, best_L
-
-
-def _levels(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LS: torch.Tensor,
-    node_of_S: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Node-level Hall value of every micro-batch, level_LB, and its tight set, tight_LBN."""
-    num_layers, num_micro_batches, _ = load_LBE.shape
-    level_N, tight_ND = split.bottleneck(
-        load_LBE.flatten(0, 1),
-        node_LE.repeat_interleave(num_micro_batches, 0),
-        copy_LS.repeat_interleave(num_micro_batches, 0),
-        node_of_S,
-        speed_N,
-    )
-    shape = (num_layers, num_micro_batches)
-    return level_N.view(shape), tight_ND.view(*shape, len(speed_N))
-
-
-def _relief(
-    load_LBE: torch.Tensor,
-    node_LE: torch.Tensor,
-    copy_LS: torch.Tensor,
-    node_of_S: torch.Tensor,
-    speed_N: torch.Tensor,
-) -> torch.Tensor:
-    """Estimate of what each new copy takes off the tight sets, [L, E, N].
-
-    In every micro-batch at most the expert's load, if it is locked inside the tight set and the
-    node is outside, and at most what the set has too much; nothing where the node's slots are full
-    or it holds the expert already.
-    """
-    num_nodes = len(speed_N)
-    level_LB, tight_LBN = _levels(load_LBE, node_LE, copy_LS, node_of_S, speed_N)
-    holds_LEN = torch.nn.functional.one_hot(node_LE, num_nodes).bool()
-    layer, slot = (copy_LS >= 0).nonzero(as_tuple=True)
-    holds_LEN[layer, copy_LS[layer, slot], node_of_S[slot]] = True
-    bound_LEN = holds_LEN & (holds_LEN.sum(2, keepdim=True) == 1)
-    room_LBN = level_LB[:, :, None] * speed_N - load_LBE @ bound_LEN.double()
-    escapes_LBE = (~tight_LBN).float() @ holds_LEN.float().transpose(1, 2) > 0
-    ideal_LB = load_LBE.sum(2) / speed_N.sum()
-    excess_LB = (level_LB - ideal_LB) * (tight_LBN * speed_N).sum(2)
-    gain_LBE = torch.minimum(load_LBE, excess_LB[:, :, None]) * ~escapes_LBE
-    relief_LEN = gain_LBE.transpose(1, 2) @ (~tight_LBN).double()
-    # Room only breaks ties: a full node can still pass load on.
-    has_room_LBN = (room_LBN > 0) & ~tight_LBN
-    relief_LEN += 1e-3 * (gain_LBE.transpose(1, 2) @ has_room_LBN.double())
-    full_LN = torch.stack(
-        [(copy_LS[:, node_of_S == node] >= 0).all(1) for node in range(num_nodes)], dim=1
-    )
-    return relief_LEN.masked_fill(holds_LEN | full_LN[:, None, :], 0)
-
-
-def _place(
-    copy_LS: torch.Tensor, expert_L: torch.Tensor, node_L: torch.Tensor, node_of_S: torch.Tensor
-) -> torch.Tensor:
-    """Put an expert into the first free slot of a node; where there is none, change nothing."""
-    free_LS = (node_of_S == node_L[:, None]) & (copy_LS < 0)
-    first_LS = free_LS & (free_LS.cumsum(1) == 1)
-    return torch.where(first_LS, expert_L[:, None], copy_LS)
+        for layer in range(len(copy_LJ))
+    ]
+    rank_LJ = np.stack([seat.rank_J for seat in seats])
+    depth_LJ = np.stack([seat.depth_J for seat in seats])
+    spare_LJ = np.where(rank_LJ >= 0, rank_LJ * spares_per_rank + depth_LJ, -1)
+    rank_LE = np.stack([seat.rank_E for seat in seats])
+    return BatchCopies(copy_LJ, rank_LJ, spare_LJ, node_of_J), rank_LE

@@ -10,13 +10,11 @@ move inside the node, they trade ranks as long as that lowers
 What a copy finds to do is estimated as an equal part of its expert's load.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 
-from balance.steps.homes import Present
+from balance.steps.present import Present
 from balance.steps.swaps import seat_all
 
 
@@ -24,23 +22,23 @@ from balance.steps.swaps import seat_all
 class Seats:
     """Ranks of one layer's batch-static copies and homes.
 
-    Args:
-        rank_S: present rank of each copy, -1 for none.
-        depth_S: which of the rank's spare slots it takes, -1 for none.
+    Attributes:
+        rank_J: present rank of each copy, -1 for none.
+        depth_J: which of the rank's spare slots it takes, -1 for none.
         rank_E: present rank of each home.
     """
 
-    rank_S: np.ndarray
-    depth_S: np.ndarray
+    rank_J: np.ndarray
+    depth_J: np.ndarray
     rank_E: np.ndarray
 
 
 def choose_seats(
     rest_BE: np.ndarray,
-    share_BS: np.ndarray,
+    share_BJ: np.ndarray,
     rank_E: np.ndarray,
-    copy_S: np.ndarray,
-    node_of_S: np.ndarray,
+    copy_J: np.ndarray,
+    node_of_J: np.ndarray,
     present: Present,
     spares_per_rank: int,
     homes_are_free: bool,
@@ -49,36 +47,36 @@ def choose_seats(
 
     Args:
         rest_BE: units per micro-batch and expert that its home node serves.
-        share_BS: units that each copy's node serves.
+        share_BJ: units that each copy's node serves.
         rank_E: present rank of each home.
-        copy_S: expert of each copy, -1 for none.
-        node_of_S: node of each copy.
+        copy_J: expert of each copy, -1 for none.
+        node_of_J: node of each copy.
         present: ranks, nodes, speeds, home seats.
         spares_per_rank: spare slots of each rank.
         homes_are_free: may homes trade ranks inside their node?
     """
     load_BE = rest_BE.astype(np.float64)
-    total_B = load_BE.sum(1) + share_BS.sum(1)
+    total_B = load_BE.sum(1) + share_BJ.sum(1)
     lack_BD = total_B[:, None] * (present.speed_D / present.speed_D.sum())
     lack_BD -= present.rank_load(load_BE[:, None], rank_E[None])[:, 0]
-    rank_S, depth_S = np.full_like(copy_S, -1), np.full_like(copy_S, -1)
+    rank_J, depth_J = np.full_like(copy_J, -1), np.full_like(copy_J, -1)
     count_D = np.zeros(len(present.ranks), dtype=np.int64)
-    for entry in np.flatnonzero(copy_S >= 0):
-        left_BD = lack_BD - share_BS[:, entry, None]
+    for entry in np.flatnonzero(copy_J >= 0):
+        left_BD = lack_BD - share_BJ[:, entry, None]
         is_last_D = count_D + 1 == spares_per_rank
         cost_D = np.where(is_last_D, np.square(np.maximum(left_BD, 0)).sum(0), 0)
-        ranks = np.flatnonzero(present.node_of_D == node_of_S[entry])
+        ranks = present.ranks_of_node(node_of_J[entry])
         order = np.lexsort((lack_BD.sum(0)[ranks], cost_D[ranks], count_D[ranks]))
         rank = ranks[order[0]]
-        rank_S[entry], depth_S[entry] = rank, count_D[rank]
+        rank_J[entry], depth_J[entry] = rank, count_D[rank]
         count_D[rank] += 1
         lack_BD[:, rank] = left_BD[:, rank]
     if homes_are_free:
         full_D = count_D == spares_per_rank
-        for node in range(int(present.node_of_D.max()) + 1):
+        for node in range(present.num_nodes):
             here_D = present.node_of_D == node
             rank_E = _trade_homes(load_BE, rank_E, lack_BD, full_D & here_D, here_D, present)
-    return Seats(rank_S, depth_S, rank_E)
+    return Seats(rank_J, depth_J, rank_E)
 
 
 def _trade_homes(
@@ -98,12 +96,12 @@ def _trade_homes(
         mine, theirs = np.flatnonzero(full_D[rank_X]), np.flatnonzero((here_D & ~full_D)[rank_X])
         if not len(mine) or not len(theirs):
             break
-        lack_BM = lack_BD[:, rank_X[mine]]
-        after_BMX = (lack_BM + load_BX[:, mine])[:, :, None] - load_BX[:, None, theirs]
-        gain_MX = np.square(np.maximum(lack_BM, 0)).sum(0)[:, None]
-        gain_MX = gain_MX - np.square(np.maximum(after_BMX, 0)).sum(0)
-        m, x = np.unravel_index(gain_MX.argmax(), gain_MX.shape)
-        if gain_MX[m, x] <= 1e-9 * np.square(load_BE).sum():
+        lack_Bx = lack_BD[:, rank_X[mine]]
+        after_BxX = (lack_Bx + load_BX[:, mine])[:, :, None] - load_BX[:, None, theirs]
+        gain_xX = np.square(np.maximum(lack_Bx, 0)).sum(0)[:, None]
+        gain_xX = gain_xX - np.square(np.maximum(after_BxX, 0)).sum(0)
+        m, x = np.unravel_index(gain_xX.argmax(), gain_xX.shape)
+        if gain_xX[m, x] <= 1e-9 * np.square(load_BE).sum():
             break
         one, other = mine[m], theirs[x]
         shift_B = load_BX[:, other] - load_BX[:, one]

@@ -5,36 +5,12 @@ that are hot in the same micro-batches must not share a node, whatever their sum
 moves takes its optimizer state along, so moves against the previous homes can be limited.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import numpy as np
 
-from balance.steps.swaps import Limits, Nearness, improve_by_swaps
+from balance.steps.nearness import Nearness
+from balance.steps.present import Present
+from balance.steps.swaps import Limits, improve_by_swaps
 from balance.topology import Topology
-
-
-@dataclass(frozen=True)
-class Present:
-    """The present ranks of a topology, numbered without gaps, and the seats for homes on them."""
-
-    ranks: np.ndarray
-    node_of_D: np.ndarray
-    speed_D: np.ndarray
-    seats_D: np.ndarray
-
-    @classmethod
-    def of(cls, topology: Topology, num_experts: int) -> Present:
-        ranks = np.flatnonzero(topology.present_R)
-        node_of_D = np.unique(topology.node_of_R[ranks], return_inverse=True)[1]
-        seats_D = np.full(len(ranks), topology.home_slots(num_experts))
-        return cls(ranks, node_of_D, topology.speed_R[ranks], seats_D)
-
-    def rank_load(self, load_BLE: np.ndarray, rank_LE: np.ndarray) -> np.ndarray:
-        """Load of each present rank's home experts, float64 [B, L, D]."""
-        at_rank_LED = (rank_LE[:, :, None] == np.arange(len(self.ranks))).astype(np.float64)
-        return (load_BLE.transpose(1, 0, 2) @ at_rank_LED).transpose(1, 0, 2)
 
 
 def reorder_homes(
@@ -63,8 +39,7 @@ def reorder_homes(
     load_LBE = np.ascontiguousarray(load_BLE.transpose(1, 0, 2), dtype=np.float32)
     present = Present.of(topology, load_BLE.shape[2])
     if nearness is not None:
-        near_LED = nearness.near_LED[:, :, present.ranks]
-        nearness = Nearness(nearness.weight, near_LED, nearness.together_LEE)
+        nearness = nearness.of_ranks(present.ranks)
     rank_LE = np.searchsorted(present.ranks, previous_LE)
     limits = Limits(rank_LE, move_budget, None)
     # The previous homes first: of equal ends, the one with fewer moves.
@@ -75,8 +50,8 @@ def reorder_homes(
         _swap(load_LBE, start_LE, present, present.node_of_D, limits, nearness)
         for start_LE in starts
     ]
-    time_SL = [_slowest_node_L(load_LBE, end_LE, present) for end_LE in ends]
-    rank_LE = np.stack(ends)[np.argmin(time_SL, axis=0), np.arange(len(rank_LE))]
+    node_times = [_slowest_node_L(load_LBE, end_LE, present) for end_LE in ends]
+    rank_LE = np.stack(ends)[np.argmin(node_times, axis=0), np.arange(len(rank_LE))]
     if move_budget is None:
         rank_LE = spread_inside_nodes(load_LBE.sum(1), rank_LE, present)
     # Spare slots level the ranks of a node better than swaps, which matter where there are none,
@@ -91,7 +66,7 @@ def reorder_homes(
 def _slowest_node_L(load_LBE: np.ndarray, rank_LE: np.ndarray, present: Present) -> np.ndarray:
     """Time of the slowest node, summed over micro-batches."""
     load_BLD = present.rank_load(load_LBE.transpose(1, 0, 2), rank_LE)
-    at_node_DN = present.node_of_D[:, None] == np.arange(present.node_of_D.max() + 1)
+    at_node_DN = present.node_of_D[:, None] == np.arange(present.num_nodes)
     speed_N = present.speed_D @ at_node_DN
     return (load_BLD @ at_node_DN / speed_N).max(2).sum(0)
 
@@ -104,6 +79,7 @@ def _swap(
     limits: Limits,
     nearness: Nearness | None,
 ) -> np.ndarray:
+    """``improve_by_swaps`` on present ranks."""
     return improve_by_swaps(
         load_LBE, rank_LE, present.seats_D, present.speed_D, place_of_D, limits, nearness
     )
@@ -111,49 +87,43 @@ def _swap(
 
 def _spread_over_nodes(load_LBE: np.ndarray, present: Present) -> np.ndarray:
     """Longest first onto nodes by batch sums; any free seat of the node."""
-    node_of_D = present.node_of_D
-    seats_N = np.bincount(node_of_D, present.seats_D).astype(np.int64)
-    node_LE = longest_first(load_LBE.sum(1), seats_N, np.bincount(node_of_D, present.speed_D))
+    seats_N = np.bincount(present.node_of_D, present.seats_D).astype(np.int64)
+    node_LE = longest_first(load_LBE.sum(1), seats_N, present.speed_N)
     rank_LE = np.empty_like(node_LE)
     for rank_E, node_E in zip(rank_LE, node_LE, strict=True):
         for node in range(len(seats_N)):
-            ranks = np.flatnonzero(node_of_D == node)
+            ranks = present.ranks_of_node(node)
             experts = np.flatnonzero(node_E == node)
             rank_E[experts] = np.repeat(ranks, present.seats_D[ranks])[: len(experts)]
     return rank_LE
 
 
-def spread_inside_nodes(
-    load_LE: np.ndarray,
-    rank_LE: np.ndarray,
-    present: Present,
-    surplus_LD: np.ndarray | None = None,
-) -> np.ndarray:
+def spread_inside_nodes(load_LE: np.ndarray, rank_LE: np.ndarray, present: Present) -> np.ndarray:
     """Longest first onto the ranks of the node that each expert is on.
 
     Args:
         load_LE: assignments of the batch.
         rank_LE: present rank of each expert; only its node matters.
         present: the ranks.
-        surplus_LD: load that each rank should have beyond its share; None for none.
+
+    Returns:
+        rank_LE int64.
     """
     node_LE = present.node_of_D[rank_LE]
-    start_LD = None if surplus_LD is None else -surplus_LD
     spread_LE = np.empty_like(rank_LE)
-    for node in range(int(present.node_of_D.max()) + 1):
+    for node in range(present.num_nodes):
         seats_D = np.where(present.node_of_D == node, present.seats_D, 0)
         here_LE = node_LE == node
-        seated_LE = longest_first(load_LE, seats_D, present.speed_D, here_LE, start_LD)
+        seated_LE = longest_first(load_LE, seats_D, present.speed_D, here_LE)
         spread_LE = np.where(here_LE, seated_LE, spread_LE)
     return spread_LE
 
 
 def longest_first(
     load_LE: np.ndarray,
-    seats_P: np.ndarray,
-    speed_P: np.ndarray,
+    seats_G: np.ndarray,
+    speed_G: np.ndarray,
     chosen_LE: np.ndarray | None = None,
-    start_LP: np.ndarray | None = None,
 ) -> np.ndarray:
     """Each expert, heaviest first, to the place that is least loaded for its speed and has a seat.
 
@@ -161,10 +131,9 @@ def longest_first(
 
     Args:
         load_LE: loads.
-        seats_P: experts that each place can hold.
-        speed_P: > 0.
+        seats_G: experts that each place can hold.
+        speed_G: > 0.
         chosen_LE: bool, experts to place; None means all. There must be seats for all of them.
-        start_LP: load that each place has before; None for none.
 
     Returns:
         place_LE int64; -1 for experts not chosen.
@@ -172,18 +141,16 @@ def longest_first(
     chosen_LE = np.ones(load_LE.shape, bool) if chosen_LE is None else chosen_LE
     order_LE = np.argsort(np.where(chosen_LE, -load_LE.astype(np.float64), np.inf), 1, "stable")
     place_LE = np.full(load_LE.shape, -1)
-    load_LP = np.zeros((len(load_LE), len(seats_P)))
-    if start_LP is not None:
-        load_LP += start_LP
-    left_LP = np.tile(seats_P, (len(load_LE), 1))
+    load_LG = np.zeros((len(load_LE), len(seats_G)))
+    left_LG = np.tile(seats_G, (len(load_LE), 1))
     for expert_L in order_LE.T:
         layer_L = np.flatnonzero(chosen_LE[np.arange(len(load_LE)), expert_L])
         expert_L = expert_L[layer_L]
-        after_LP = (load_LP[layer_L] + load_LE[layer_L, expert_L][:, None]) / speed_P
-        place_L = np.where(left_LP[layer_L] > 0, after_LP, np.inf).argmin(1)
+        after_LG = (load_LG[layer_L] + load_LE[layer_L, expert_L][:, None]) / speed_G
+        place_L = np.where(left_LG[layer_L] > 0, after_LG, np.inf).argmin(1)
         place_LE[layer_L, expert_L] = place_L
-        load_LP[layer_L, place_L] += load_LE[layer_L, expert_L]
-        left_LP[layer_L, place_L] -= 1
+        load_LG[layer_L, place_L] += load_LE[layer_L, expert_L]
+        left_LG[layer_L, place_L] -= 1
     return place_LE
 
 
@@ -205,34 +172,34 @@ def rehome(home_rank_LE: np.ndarray, load_LE: np.ndarray, topology: Topology) ->
         ValueError: a present rank already holds more experts than it has home slots.
     """
     home_rank_LE = home_rank_LE.copy()
-    node_of_R, present_R = topology.node_of_R, topology.present_R
-    seats = topology.home_slots(home_rank_LE.shape[1])
     for home_rank_E, load_E in zip(home_rank_LE, load_LE, strict=True):
-        stranded = np.flatnonzero(~present_R[home_rank_E])
-        count_R = np.bincount(home_rank_E, minlength=topology.num_ranks) * present_R
-        if count_R.max() > seats:
-            raise ValueError(
-                f"previous must fit {seats} home slots per rank, got {count_R.max()} experts on "
-                f"rank {count_R.argmax()}"
-            )
-        load_R = np.bincount(home_rank_E, load_E, topology.num_ranks) * present_R
-        for expert in stranded[np.argsort(-load_E[stranded], kind="stable")]:
-            rank = _least_loaded(
-                load_R, present_R & (count_R < seats), topology.speed_R, node_of_R
-            )
-            home_rank_E[expert] = rank
-            load_R[rank] += load_E[expert]
-            count_R[rank] += 1
+        _rehome_layer(home_rank_E, load_E, topology)
     return home_rank_LE
 
 
-def _least_loaded(
-    load_R: np.ndarray, open_R: np.ndarray, speed_R: np.ndarray, node_of_R: np.ndarray
-) -> int:
-    node_speed_N = np.bincount(node_of_R, speed_R)
-    node_time_R = (np.bincount(node_of_R, load_R) / np.where(node_speed_N, node_speed_N, 1))[
-        node_of_R
-    ]
-    rank_time_R = load_R / np.where(speed_R > 0, speed_R, 1)
-    candidates = np.flatnonzero(open_R)
-    return int(candidates[np.lexsort((rank_time_R[candidates], node_time_R[candidates]))[0]])
+def _rehome_layer(home_rank_E: np.ndarray, load_E: np.ndarray, topology: Topology) -> None:
+    """``rehome`` of one layer, in place."""
+    present_R, seats = topology.present_R, topology.home_slots(len(home_rank_E))
+    stranded = np.flatnonzero(~present_R[home_rank_E])
+    count_R = np.bincount(home_rank_E, minlength=topology.num_ranks) * present_R
+    if count_R.max() > seats:
+        raise ValueError(
+            f"previous must fit {seats} home slots per rank, got {count_R.max()} experts on "
+            f"rank {count_R.argmax()}"
+        )
+    load_R = np.bincount(home_rank_E, load_E, topology.num_ranks) * present_R
+    for expert in stranded[np.argsort(-load_E[stranded], kind="stable")]:
+        rank = _least_loaded(load_R, present_R & (count_R < seats), topology)
+        home_rank_E[expert] = rank
+        load_R[rank] += load_E[expert]
+        count_R[rank] += 1
+
+
+def _least_loaded(load_R: np.ndarray, open_R: np.ndarray, topology: Topology) -> int:
+    """The open rank whose node, and then which itself, is least loaded for its speed."""
+    speed_R, node_of_R = topology.speed_R, topology.node_of_R
+    speed_N = np.bincount(node_of_R, speed_R)
+    time_N = np.bincount(node_of_R, load_R) / np.where(speed_N, speed_N, 1)
+    time_R = load_R / np.where(speed_R > 0, speed_R, 1)
+    ranks = np.flatnonzero(open_R)
+    return int(ranks[np.lexsort((time_R[ranks], time_N[node_of_R[ranks]]))[0]])

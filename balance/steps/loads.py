@@ -1,21 +1,30 @@
 """The loads to plan for, checked at the border and counted in the unit of the plan."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from balance.plan import Plan, PlanOptions
-from balance.steps.homes import Present
+from balance.options import PlanOptions
+from balance.plan import Plan
+from balance.steps.present import Present
 from balance.topology import Topology
 from balance.trace import Trace
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Loads in units: assignments, or tiles of ``tile_rows`` assignments."""
+    """Loads in units: assignments, or tiles of ``tile_rows`` assignments.
+
+    Attributes:
+        load_BLRE: int32 assignments from each source rank; R = 1 when sources are unknown.
+        unit_BLE: int64 units of each expert, a last tile that is not full counted whole.
+        knows_sources: were the source ranks given?
+        topology: the machine.
+        options: what the plan may do.
+        present: the ranks that are there.
+        trace: the routing itself; None when counts were given.
+    """
 
     load_BLRE: np.ndarray
     unit_BLE: np.ndarray
@@ -26,7 +35,8 @@ class Batch:
     trace: Trace | None
 
     @classmethod
-    def make(cls, given: Trace | Any, topology: Topology, options: PlanOptions) -> Batch:
+    def make(cls, given: Trace | Any, topology: Topology, options: PlanOptions) -> Self:
+        """Check a trace or counts, and count them in units."""
         trace = given if isinstance(given, Trace) else None
         load_BLRE = _check_counts(given if trace is None else trace.counts(topology.num_ranks))
         num_sources = load_BLRE.shape[2]
@@ -45,7 +55,12 @@ class Batch:
         knows_sources = trace is not None or (num_sources == topology.num_ranks > 1)
         return cls(load_BLRE, unit_BLE, knows_sources, topology, options, present, trace)
 
-    def of_layers(self, chosen_L: np.ndarray) -> Batch:
+    @property
+    def spares_per_rank(self) -> int:
+        """Spare slots of each rank."""
+        return self.topology.spare_slots_per_rank
+
+    def of_layers(self, chosen_L: np.ndarray) -> "Batch":
         """The same with some of its layers; routing is left out."""
         return replace(
             self,
@@ -55,7 +70,7 @@ class Batch:
         )
 
     def local_BLDE(self) -> np.ndarray | None:
-        """Whole units that tokens on each present rank ask of each expert."""
+        """Whole units that tokens on each present rank ask of each expert; None when unknown."""
         if not self.knows_sources:
             return None
         return self.load_BLRE[:, :, self.present.ranks] // self.options.tile_rows
@@ -87,7 +102,14 @@ def previous_homes(
     return home_LE, previous.home_slot_LE.astype(np.int64) if same_layout else None
 
 
+def as_problems(value: np.ndarray) -> np.ndarray:
+    """Micro-batches and layers in one axis: [B, L, ...] -> [F, ...]."""
+    num_micro_batches, num_layers, *rest = value.shape
+    return value.reshape(num_micro_batches * num_layers, *rest)
+
+
 def _check_counts(counts: Any) -> np.ndarray:
+    """Counts as load_BLRE int32, or ValueError: nothing is rounded, wrapped or cut silently."""
     counts = np.asarray(counts)
     if counts.ndim == 3:
         counts = counts[:, :, None]

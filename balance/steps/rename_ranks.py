@@ -5,11 +5,9 @@ has twins with the same levels. The one that keeps most homes where they were is
 of ranks inside each pair of nodes, and then of nodes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
-from balance.steps.homes import Present
+from balance.steps.present import Present
 
 _NEVER = -(1 << 40)
 
@@ -33,9 +31,8 @@ def keep_most(rank_LE: np.ndarray, before_LE: np.ndarray, present: Present) -> n
 
 
 def _label_layer(label_D: np.ndarray, stays_DD: np.ndarray, present: Present) -> None:
-    ranks_of_N = [
-        np.flatnonzero(present.node_of_D == node) for node in range(present.node_of_D.max() + 1)
-    ]
+    """``keep_most`` of one layer; stays_DD counts homes that were on rank d and are on rank e."""
+    ranks_of_N = [present.ranks_of_node(node) for node in range(present.num_nodes)]
     every = range(len(ranks_of_N))
     gain_NN = np.full((len(every), len(every)), _NEVER * len(label_D))
     labels: dict[tuple[int, int], np.ndarray] = {}
@@ -52,17 +49,21 @@ def _label_layer(label_D: np.ndarray, stays_DD: np.ndarray, present: Present) ->
         label_D[ranks_of_N[here]] = labels[here, there]
 
 
-def best_assignment(gain_XX: np.ndarray) -> np.ndarray:
+def best_assignment(gain: np.ndarray) -> np.ndarray:
     """Column of each row, all different, with the largest sum of gains.
 
     The Hungarian method with potentials (Kuhn, 1955; Munkres, 1957), rows added one by one along
     shortest augmenting paths. Prefers the diagonal where it is as good as anything.
 
     Args:
-        gain_XX: int64, square.
+        gain: int64, square.
+
+    Returns:
+        column of each row, int64.
     """
-    size = len(gain_XX)
-    cost_XX = -gain_XX * (size + 1) - np.eye(size, dtype=np.int64)
+    # By hand: scipy.optimize.linear_sum_assignment breaks ties otherwise, and needs scipy.
+    size = len(gain)
+    cost = -gain * (size + 1) - np.eye(size, dtype=np.int64)
     row_price, column_price = np.zeros((2, size + 1), dtype=np.int64)
     row_of_column = np.full(size + 1, size)
     for row in range(size):
@@ -72,7 +73,7 @@ def best_assignment(gain_XX: np.ndarray) -> np.ndarray:
         while row_of_column[column] < size:
             done[column] = True
             tree_row = row_of_column[column]
-            reduced = cost_XX[tree_row] - row_price[tree_row] - column_price[:size]
+            reduced = cost[tree_row] - row_price[tree_row] - column_price[:size]
             nearer = ~done[:size] & (reduced < distance)
             distance[nearer], came_from[nearer] = reduced[nearer], column
             open_columns = np.flatnonzero(~done[:size])

@@ -1,9 +1,8 @@
 """From homes, copies and units to slots and assignments."""
 
-from __future__ import annotations
-
 import numpy as np
 
+from balance.steps.candidate import Candidate
 from balance.steps.loads import Batch
 from balance.topology import Topology
 
@@ -30,40 +29,30 @@ def home_slots_of(
     return slot_LE
 
 
-def slot_arrays(
-    batch: Batch,
-    slot_LE: np.ndarray,
-    static_LM: np.ndarray,
-    copy_BLM: np.ndarray,
-    home_unit_BLE: np.ndarray,
-    spare_unit_BLM: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """expert_of_BLP, quota_BLP in assignments, and is_static_LP.
+def slot_arrays(batch: Batch, slot_LE: np.ndarray, chosen: Candidate) -> dict[str, np.ndarray]:
+    """The arrays of a ``Plan``: expert_of_BLP, quota_BLP in assignments, is_static_LP.
 
     Args:
         batch: loads and topology.
         slot_LE: slot of each home copy.
-        static_LM: expert of the batch-static copy in each spare slot of present ranks, or -1.
-        copy_BLM: expert of the micro-batch copy in it, or -1.
-        home_unit_BLE: units that each home copy serves.
-        spare_unit_BLM: units that each spare slot serves.
+        chosen: copies, and who serves how many units.
     """
     num_micro_batches, num_layers, num_experts = batch.unit_BLE.shape
     topology = batch.topology
     is_present_P = topology.present_R[topology.rank_of_P(num_experts)]
     spare_slots = np.flatnonzero(topology.is_spare_P(num_experts) & is_present_P)
     shape_BLP = (num_micro_batches, num_layers, len(is_present_P))
-    spare_BLM = np.where(copy_BLM >= 0, copy_BLM, static_LM)
+    spare_BLM = np.where(chosen.copy_BLM >= 0, chosen.copy_BLM, chosen.static_LM)
     expert_of_BLP = np.full(shape_BLP, -1, dtype=np.int32)
     quota_BLP = np.zeros(shape_BLP, dtype=np.int32)
     is_static_LP = np.zeros(shape_BLP[1:], dtype=bool)
     layers = np.arange(num_layers)[:, None]
     expert_of_BLP[:, layers, slot_LE] = np.arange(num_experts)
     expert_of_BLP[:, :, spare_slots] = spare_BLM
-    home_BLE, quota_BLM = _in_assignments(batch, spare_BLM, home_unit_BLE, spare_unit_BLM)
+    home_BLE, quota_BLM = _in_assignments(batch, spare_BLM, chosen)
     quota_BLP[:, layers, slot_LE] = home_BLE
     quota_BLP[:, :, spare_slots] = quota_BLM
-    is_static_LP[:, spare_slots] = static_LM >= 0
+    is_static_LP[:, spare_slots] = chosen.static_LM >= 0
     return {
         "expert_of_BLP": expert_of_BLP,
         "quota_BLP": quota_BLP,
@@ -72,7 +61,7 @@ def slot_arrays(
 
 
 def _in_assignments(
-    batch: Batch, spare_BLM: np.ndarray, home_unit_BLE: np.ndarray, spare_unit_BLM: np.ndarray
+    batch: Batch, spare_BLM: np.ndarray, chosen: Candidate
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quotas of home and spare copies in assignments.
 
@@ -80,8 +69,8 @@ def _in_assignments(
     its first spare copy where the home serves nothing.
     """
     tile_rows = batch.options.tile_rows
-    home_BLE = home_unit_BLE * tile_rows
-    quota_BLM = spare_unit_BLM * tile_rows
+    home_BLE = chosen.home_unit_BLE * tile_rows
+    quota_BLM = chosen.spare_unit_BLM * tile_rows
     lacking_BLE = batch.unit_BLE * tile_rows - batch.load_BLRE.sum(2, dtype=np.int64)
     from_home_BLE = np.where(home_BLE > 0, lacking_BLE, 0)
     home_BLE = home_BLE - from_home_BLE

@@ -8,41 +8,19 @@ and makes the best swap, until no swap of any place lowers
     sum over micro-batches of (max over places of load / speed) - weight · (travel saved) / places.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Nearness:
-    """What saves travel: experts near their tokens, and experts of the same tokens together.
-
-    Args:
-        weight: straggler load given up per assignment and place that need not travel; 0 for none.
-        near_LED: assignments to an expert from tokens on each rank.
-        together_LEE: tokens that chose both experts, symmetric; None counts as zero.
-    """
-
-    weight: float
-    near_LED: np.ndarray
-    together_LEE: np.ndarray | None = None
-
-    def padded(self, num_empty: int) -> Nearness:
-        """The same with experts added that no token chose."""
-        together_LEE = self.together_LEE
-        if together_LEE is not None:
-            together_LEE = np.pad(together_LEE, ((0, 0), (0, num_empty), (0, num_empty)))
-        near_LED = np.pad(self.near_LED, ((0, 0), (0, num_empty), (0, 0)))
-        return Nearness(self.weight, near_LED, together_LEE)
+from balance.steps.nearness import Nearness
 
 
 @dataclass(frozen=True)
 class Limits:
     """Which swaps are allowed.
 
-    Args:
+    Attributes:
         before_LE: ranks from which moves are counted; None means where the search starts.
         budget: most experts of a layer on another rank than before; None for any number.
         group_of_D: only ranks of the same group may trade; None for any.
@@ -91,14 +69,18 @@ def improve_by_swaps(
 
 @dataclass
 class _Table:
-    """Search state; X counts seats: the experts, then one without load for each empty seat."""
+    """Search state.
+
+    X counts seats: the experts, then one without load for each empty seat. Seats x of one place
+    are tried against all X, in the layers l that are still open.
+    """
 
     num_experts: int
     load_LBX: np.ndarray
     rank_LX: np.ndarray
     before_LX: np.ndarray
-    load_LBP: np.ndarray
-    speed_P: np.ndarray
+    load_LBG: np.ndarray
+    speed_G: np.ndarray
     place_of_D: np.ndarray
     limits: Limits
     nearness: Nearness | None
@@ -113,7 +95,8 @@ class _Table:
         place_of_D: np.ndarray,
         limits: Limits,
         nearness: Nearness | None,
-    ) -> _Table:
+    ) -> Self:
+        """Seat everybody, and add up the load of every place."""
         num_layers, num_micro_batches, num_experts = load_LBE.shape
         num_empty = int(seats_D.sum()) - num_experts
         load_LBX = np.pad(load_LBE.astype(np.float32), ((0, 0), (0, 0), (0, num_empty)))
@@ -121,11 +104,11 @@ class _Table:
         before_LX = rank_LX.copy()
         if limits.before_LE is not None:
             before_LX[:, :num_experts] = limits.before_LE
-        speed_P = np.bincount(place_of_D, speed_D)
-        load_LBP = np.zeros((num_layers, num_micro_batches, len(speed_P)), np.float32)
-        for place in range(len(speed_P)):
+        speed_G = np.bincount(place_of_D, speed_D)
+        load_LBG = np.zeros((num_layers, num_micro_batches, len(speed_G)), np.float32)
+        for place in range(len(speed_G)):
             here_LX = place_of_D[rank_LX] == place
-            load_LBP[:, :, place] = np.einsum("lbx,lx->lb", load_LBX, here_LX.astype(np.float32))
+            load_LBG[:, :, place] = np.einsum("lbx,lx->lb", load_LBX, here_LX.astype(np.float32))
         if nearness is not None:
             nearness = nearness.padded(num_empty)
         return cls(
@@ -133,8 +116,8 @@ class _Table:
             load_LBX,
             rank_LX,
             before_LX,
-            load_LBP,
-            speed_P,
+            load_LBG,
+            speed_G,
             place_of_D,
             limits,
             nearness,
@@ -142,129 +125,109 @@ class _Table:
 
     @property
     def num_places(self) -> int:
-        return len(self.speed_P)
+        """G."""
+        return len(self.speed_G)
 
     def swap_best(self, layers: np.ndarray, nth: np.ndarray) -> np.ndarray:
         """In each layer make the best swap of its nth slowest place; True where one helped."""
-        time_lBP = self.load_LBP[layers] / self.speed_P.astype(np.float32)
-        slowest_lB = time_lBP.max(2)
-        excess_lBP = (time_lBP == slowest_lB[:, :, None]) * (slowest_lB - time_lBP.mean(2))[
+        time_lBG = self.load_LBG[layers] / self.speed_G.astype(np.float32)
+        slowest_lB = time_lBG.max(2)
+        excess_lBG = (time_lBG == slowest_lB[:, :, None]) * (slowest_lB - time_lBG.mean(2))[
             :, :, None
         ]
-        order_lP = np.argsort(-excess_lBP.sum(1), axis=1, kind="stable")
-        place_l = order_lP[np.arange(len(layers)), nth]
-        member_lM, is_member_lM = self._members(layers, place_l)
-        cost_lMX = self._straggler_cost(layers, place_l, member_lM, time_lBP)
+        order_lG = np.argsort(-excess_lBG.sum(1), axis=1, kind="stable")
+        place_l = order_lG[np.arange(len(layers)), nth]
+        member_lx, is_member_lx = self._members(layers, place_l)
+        cost_lxX = self._straggler_cost(layers, place_l, member_lx, time_lBG)
         if self.nearness is not None:
-            cost_lMX -= self._travel_saved(layers, place_l, member_lM)
-        legal_lMX = is_member_lM[:, :, None] & self._legal(layers, place_l, member_lM)
-        flat = np.where(legal_lMX, cost_lMX, np.inf).reshape(len(layers), -1)
+            place_lX = self.place_of_D[self.rank_LX[layers]]
+            cost_lxX -= self.nearness.saved_by_swaps(
+                layers, place_lX, place_l, member_lx, self.place_of_D
+            )
+        legal_lxX = is_member_lx[:, :, None] & self._legal(layers, place_l, member_lx)
+        flat = np.where(legal_lxX, cost_lxX, np.inf).reshape(len(layers), -1)
         choice_l = flat.argmin(1)
         now_l = slowest_lB.sum(1, dtype=np.float64)
         helps_l = flat[np.arange(len(layers)), choice_l] < now_l * (1 - 1e-6)
-        mine_l = member_lM[np.arange(len(layers)), choice_l // cost_lMX.shape[2]]
-        self._exchange(layers[helps_l], mine_l[helps_l], (choice_l % cost_lMX.shape[2])[helps_l])
+        mine_l = member_lx[np.arange(len(layers)), choice_l // cost_lxX.shape[2]]
+        self._exchange(layers[helps_l], mine_l[helps_l], (choice_l % cost_lxX.shape[2])[helps_l])
         return helps_l
 
     def _members(self, layers: np.ndarray, place_l: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seats of each layer's place, member_lx, and which of them are real, bool [l, x]."""
         here_lX = self.place_of_D[self.rank_LX[layers]] == place_l[:, None]
         most = int(here_lX.sum(1).max())
-        member_lM = np.argsort(~here_lX, axis=1, kind="stable")[:, :most]
-        return member_lM, np.take_along_axis(here_lX, member_lM, 1)
+        member_lx = np.argsort(~here_lX, axis=1, kind="stable")[:, :most]
+        return member_lx, np.take_along_axis(here_lX, member_lx, 1)
 
     def _straggler_cost(
-        self, layers: np.ndarray, place_l: np.ndarray, member_lM: np.ndarray, time_lBP: np.ndarray
+        self, layers: np.ndarray, place_l: np.ndarray, member_lx: np.ndarray, time_lBG: np.ndarray
     ) -> np.ndarray:
-        """Sum over micro-batches of the slowest place's time after swapping m with x."""
+        """Sum over micro-batches of the slowest place's time after swapping x with X."""
         every = np.arange(len(layers))
         other_lX = self.place_of_D[self.rank_LX[layers]]
-        my_pace_l = (1 / self.speed_P[place_l]).astype(np.float32)[:, None, None]
-        pace_lX = (1 / self.speed_P[other_lX]).astype(np.float32)[:, None, :]
-        cost_lMX = np.zeros((*member_lM.shape, other_lX.shape[1]))
-        for b in range(time_lBP.shape[1]):
+        my_pace_l = (1 / self.speed_G[place_l]).astype(np.float32)[:, None, None]
+        pace_lX = (1 / self.speed_G[other_lX]).astype(np.float32)[:, None, :]
+        cost_lxX = np.zeros((*member_lx.shape, other_lX.shape[1]))
+        for b in range(time_lBG.shape[1]):
             load_lX = self.load_LBX[layers, b]
-            less_lMX = np.take_along_axis(load_lX, member_lM, 1)[:, :, None] - load_lX[:, None, :]
-            time_lP = time_lBP[:, b].copy()
-            mine_l = time_lP[every, place_l]
-            time_lP[every, place_l] = 0
-            theirs_lX = np.take_along_axis(time_lP, other_lX, 1)
-            rest_lX = np.take_along_axis(_max_without_each(time_lP), other_lX, 1)
-            after_lMX = np.maximum(
-                mine_l[:, None, None] - less_lMX * my_pace_l, rest_lX[:, None, :]
+            less_lxX = np.take_along_axis(load_lX, member_lx, 1)[:, :, None] - load_lX[:, None, :]
+            time_lG = time_lBG[:, b].copy()
+            mine_l = time_lG[every, place_l]
+            time_lG[every, place_l] = 0
+            theirs_lX = np.take_along_axis(time_lG, other_lX, 1)
+            rest_lX = np.take_along_axis(_max_without_each(time_lG), other_lX, 1)
+            after_lxX = np.maximum(
+                mine_l[:, None, None] - less_lxX * my_pace_l, rest_lX[:, None, :]
             )
-            less_lMX *= pace_lX
-            less_lMX += theirs_lX[:, None, :]
-            cost_lMX += np.maximum(after_lMX, less_lMX, out=after_lMX)
-        return cost_lMX
+            less_lxX *= pace_lX
+            less_lxX += theirs_lX[:, None, :]
+            cost_lxX += np.maximum(after_lxX, less_lxX, out=after_lxX)
+        return cost_lxX
 
-    def _travel_saved(
-        self, layers: np.ndarray, place_l: np.ndarray, member_lM: np.ndarray
-    ) -> np.ndarray:
-        """Weighted travel that swapping m with x saves, per place."""
-        assert self.nearness is not None
-        other_lX = self.place_of_D[self.rank_LX[layers]]
-        pull_lXP = self._pull(layers, other_lX)
-        stay_lX = np.take_along_axis(pull_lXP, other_lX[:, :, None], 2)[:, :, 0]
-        at_mine_lX = np.take_along_axis(pull_lXP, place_l[:, None, None], 2)[:, :, 0]
-        mine_lMP = np.take_along_axis(pull_lXP, member_lM[:, :, None], 1)
-        saved_lMX = np.take_along_axis(mine_lMP, other_lX[:, None, :], 2)
-        saved_lMX -= np.take_along_axis(stay_lX, member_lM, 1)[:, :, None]
-        saved_lMX += (at_mine_lX - stay_lX)[:, None, :]
-        if self.nearness.together_LEE is not None:
-            pair_lXX = self.nearness.together_LEE[layers]
-            saved_lMX -= 2 * np.take_along_axis(pair_lXX, member_lM[:, :, None], 1)
-        return saved_lMX * (self.nearness.weight / self.num_places)
-
-    def _pull(self, layers: np.ndarray, other_lX: np.ndarray) -> np.ndarray:
-        """Travel that an expert saves at each place: its tokens there, its companions there."""
-        assert self.nearness is not None
-        at_place_DP = np.eye(self.num_places)[self.place_of_D]
-        pull_lXP = self.nearness.near_LED[layers] @ at_place_DP
-        if self.nearness.together_LEE is None:
-            return pull_lXP
-        return pull_lXP + self.nearness.together_LEE[layers] @ np.eye(self.num_places)[other_lX]
-
-    def _legal(self, layers: np.ndarray, place_l: np.ndarray, member_lM: np.ndarray) -> np.ndarray:
+    def _legal(self, layers: np.ndarray, place_l: np.ndarray, member_lx: np.ndarray) -> np.ndarray:
+        """Which swaps of x with X cross places, keep groups and stay in the budget: [l, x, X]."""
         rank_lX = self.rank_LX[layers]
-        legal_lMX = np.repeat(
-            (self.place_of_D[rank_lX] != place_l[:, None])[:, None, :], member_lM.shape[1], 1
+        legal_lxX = np.repeat(
+            (self.place_of_D[rank_lX] != place_l[:, None])[:, None, :], member_lx.shape[1], 1
         )
-        my_rank_lM = np.take_along_axis(rank_lX, member_lM, 1)
+        my_rank_lx = np.take_along_axis(rank_lX, member_lx, 1)
         if self.limits.group_of_D is not None:
             group_of_D = self.limits.group_of_D
-            legal_lMX &= group_of_D[my_rank_lM][:, :, None] == group_of_D[rank_lX][:, None, :]
+            legal_lxX &= group_of_D[my_rank_lx][:, :, None] == group_of_D[rank_lX][:, None, :]
         if self.limits.budget is not None:
-            moved_lMX = self._moved_after(layers, member_lM, my_rank_lM, rank_lX)
-            legal_lMX &= moved_lMX <= self.limits.budget
-        return legal_lMX
+            moved_lxX = self._moved_after(layers, member_lx, my_rank_lx, rank_lX)
+            legal_lxX &= moved_lxX <= self.limits.budget
+        return legal_lxX
 
     def _moved_after(
         self,
         layers: np.ndarray,
-        member_lM: np.ndarray,
-        my_rank_lM: np.ndarray,
+        member_lx: np.ndarray,
+        my_rank_lx: np.ndarray,
         rank_lX: np.ndarray,
     ) -> np.ndarray:
-        """Experts away from their rank of before, once m and x have traded ranks."""
+        """Experts away from their rank of before, once x and X have traded ranks."""
         before_lX = self.before_LX[layers].copy()
         # A seat without an expert moves for free: it is at home wherever it is.
         before_lX[:, self.num_experts :] = -1
         is_free_X = np.arange(before_lX.shape[1]) >= self.num_experts
         away_lX = (rank_lX != before_lX) & ~is_free_X
-        my_before_lM = np.take_along_axis(before_lX, member_lM, 1)
-        mine_lMX = (rank_lX[:, None, :] != my_before_lM[:, :, None]) & (my_before_lM >= 0)[
+        my_before_lx = np.take_along_axis(before_lX, member_lx, 1)
+        mine_lxX = (rank_lX[:, None, :] != my_before_lx[:, :, None]) & (my_before_lx >= 0)[
             ..., None
         ]
-        theirs_lMX = (my_rank_lM[:, :, None] != before_lX[:, None, :]) & ~is_free_X
-        moved_lMX = away_lX.sum(1)[:, None, None] + mine_lMX.astype(np.int64) + theirs_lMX
-        moved_lMX -= np.take_along_axis(away_lX, member_lM, 1)[:, :, None]
-        return moved_lMX - away_lX[:, None, :]
+        theirs_lxX = (my_rank_lx[:, :, None] != before_lX[:, None, :]) & ~is_free_X
+        moved_lxX = away_lX.sum(1)[:, None, None] + mine_lxX.astype(np.int64) + theirs_lxX
+        moved_lxX -= np.take_along_axis(away_lX, member_lx, 1)[:, :, None]
+        return moved_lxX - away_lX[:, None, :]
 
     def _exchange(self, layers: np.ndarray, mine_l: np.ndarray, theirs_l: np.ndarray) -> None:
+        """Trade the ranks of two seats in each layer."""
         rank_l, other_l = self.rank_LX[layers, mine_l], self.rank_LX[layers, theirs_l]
         less_lB = self.load_LBX[layers, :, mine_l] - self.load_LBX[layers, :, theirs_l]
-        self.load_LBP[layers, :, self.place_of_D[rank_l]] -= less_lB
-        self.load_LBP[layers, :, self.place_of_D[other_l]] += less_lB
+        self.load_LBG[layers, :, self.place_of_D[rank_l]] -= less_lB
+        self.load_LBG[layers, :, self.place_of_D[other_l]] += less_lB
         self.rank_LX[layers, mine_l], self.rank_LX[layers, theirs_l] = other_l, rank_l
 
 
@@ -274,10 +237,10 @@ def seat_all(rank_E: np.ndarray, seats_D: np.ndarray) -> np.ndarray:
     return np.concatenate([rank_E, np.repeat(np.arange(len(seats_D)), empty_D)])
 
 
-def _max_without_each(time_lP: np.ndarray) -> np.ndarray:
+def _max_without_each(time_lG: np.ndarray) -> np.ndarray:
     """For each place, the largest time among the others; 0 when there is no other."""
-    if time_lP.shape[1] == 1:
-        return np.zeros_like(time_lP)
-    second_l, first_l = np.partition(time_lP, -2, axis=1)[:, -2:].T
-    is_first_lP = np.arange(time_lP.shape[1]) == time_lP.argmax(1)[:, None]
-    return np.where(is_first_lP, second_l[:, None], first_l[:, None])
+    if time_lG.shape[1] == 1:
+        return np.zeros_like(time_lG)
+    second_l, first_l = np.partition(time_lG, -2, axis=1)[:, -2:].T
+    is_first_lG = np.arange(time_lG.shape[1]) == time_lG.argmax(1)[:, None]
+    return np.where(is_first_lG, second_l[:, None], first_l[:, None])

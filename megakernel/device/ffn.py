@@ -62,7 +62,7 @@ def store_y(acc, tile, block, inside, b, C: tl.constexpr):
 
 
 @triton.jit
-def ffn1_tile(tile, block, b, size, C: tl.constexpr):
+def ffn1_tile(tile, block, gate_up_E2IH, b, size, C: tl.constexpr):
     """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I.
 
     Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI.
@@ -76,14 +76,14 @@ def ffn1_tile(tile, block, b, size, C: tl.constexpr):
     assignment = tl.load(place, mask=inside, other=0)
     x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
     first_row = block * W.block
-    acc = product(x_start, inside, b.experts.gate_up_E2IH, expert, first_row, W, C)
+    acc = product(x_start, inside, gate_up_E2IH, expert, first_row, W, C)
     if b.experts.gate_up_bias_E2I is not None:
         acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
     store_h(acc, tile, block, inside, b, C.expert.interleaved, C)
 
 
 @triton.jit
-def ffn2_tile(tile, block, b, size, C: tl.constexpr):
+def ffn2_tile(tile, block, down_EHI, b, size, C: tl.constexpr):
     """Compute y = h · downᵀ + bias for one row tile and one block of H.
 
     Reads: h_CI, down, its bias. Writes: y_CH.
@@ -96,7 +96,7 @@ def ffn2_tile(tile, block, b, size, C: tl.constexpr):
         inside = row < tl.load(b.rows.rows_of_tile + routed_tile)
         expert = tl.load(b.rows.expert_of_tile + routed_tile)
         h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
-        acc = product(h_start, inside, b.experts.down_EHI, expert, first_row, W, C)
+        acc = product(h_start, inside, down_EHI, expert, first_row, W, C)
         if b.experts.down_bias_EH is not None:
             acc += load_bias(b.experts.down_bias_EH, expert, first_row, W)
         store_y(acc, tile, block, inside, b, C)

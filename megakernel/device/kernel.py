@@ -27,13 +27,14 @@ from megakernel.plan.order import count_tasks, first_table_task
     ]
 )  # fmt: skip
 def moe_kernel(
-    b, num_tokens, num_tiles, capacity, seed, schedule_id, num_workers, max_polls,
-    C: tl.constexpr,
+    b, gate_up_E2IH, down_EHI, num_tokens, num_tiles, capacity, seed, schedule_id, num_workers,
+    max_polls, C: tl.constexpr,
 ):  # fmt: skip
     """Run the layer's task list.
 
     Grid: (num_workers,), any number; a program claims tasks until none is left.
-    Reads, Writes: the tensors of ``b``, see plan/buffers.py.
+    Reads, Writes: the tensors of ``b``, see plan/buffers.py. The experts' weights stand beside it,
+    since Triton 3.6 and 3.7 launch no descriptor inside a tuple.
     Order: see plan/order.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
@@ -54,9 +55,9 @@ def moe_kernel(
         # Comparisons of order between those of equality: a chain of four equal ones would compile
         # to a jump through a table.
         if C.has_ffn and kind == C.FFN1:
-            ffn1_tile(tile, block, b, size, C)
+            ffn1_tile(tile, block, gate_up_E2IH, b, size, C)
         elif C.has_ffn and kind == C.FFN2:
-            ffn2_tile(tile, block, b, size, C)
+            ffn2_tile(tile, block, down_EHI, b, size, C)
         elif C.has_combine and kind >= C.COMBINE:
             combine_tile(tile, block, b, size, C)
         elif C.has_shared and kind == C.SHARED_FFN1:

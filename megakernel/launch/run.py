@@ -62,20 +62,25 @@ def kernel_arguments(call: Call, spec: KernelSpec, workspace: Workspace) -> tupl
     num_tiles = count_row_tiles(spec, num_tokens, None if spec.makes_rows else call.num_tiles)
     memory = workspace.memory_for(spec, num_tokens, num_tiles, dtype)
     buffers = complete(call.buffers, spec, workspace, memory)
-    return (buffers, num_tokens, num_tiles, call.capacity, call.seed, memory.schedule_id)
+    integers = (num_tokens, num_tiles, call.capacity, call.seed, memory.schedule_id)
+    return (buffers, *weights_of(call.buffers, spec), *integers)
+
+
+def weights_of(b: Buffers, spec: KernelSpec) -> tuple:
+    """Return the experts' weights as the kernel takes them, None in a launch without experts."""
+    gate_up, down = spec.gate_up, spec.down
+    if gate_up is None or down is None:
+        return None, None
+    gate_up_E2IH = as_operand(b.experts.gate_up_E2IH, gate_up, spec.step)
+    return gate_up_E2IH, as_operand(b.experts.down_EHI, down, spec.step)
 
 
 def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory) -> Buffers:
-    """Add scratch, control and descriptors to a call's tensors."""
+    """Add scratch and control to a call's tensors, and leave the weights to their descriptors."""
     scratch = memory.scratch
     if b.scratch.y_CH is not None:  # rows that are asked for, or given
         scratch = scratch._replace(y_CH=b.scratch.y_CH)
-    experts = b.experts
-    if spec.gate_up is not None and spec.down is not None:
-        experts = experts._replace(
-            gate_up_E2IH=as_operand(experts.gate_up_E2IH, spec.gate_up, spec.step),
-            down_EHI=as_operand(experts.down_EHI, spec.down, spec.step),
-        )
+    experts = b.experts._replace(gate_up_E2IH=None, down_EHI=None)  # they go beside
     control = workspace.control
     if spec.timed:
         control = control._replace(times=memory.times)

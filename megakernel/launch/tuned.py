@@ -6,7 +6,7 @@ Where nothing fits, another GPU for example, the default depends on rows per exp
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,18 +78,6 @@ def read_table(path: Path) -> tuple[Tuned, ...]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: entry {place} is no tuned config: {error}") from error
     return tuple(entries)
-
-
-def merge_into_table(path: Path, entries: Iterable[Tuned]) -> None:
-    """Write entries into a table, in place of those with the same key."""
-    table = {entry.key: entry for entry in (*read_table(path), *entries)}
-    in_order = sorted(
-        table.values(), key=lambda entry: (entry.gpu, astuple(entry.layer), entry.num_tokens)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".new")
-    written.write_text(json.dumps([asdict(entry) for entry in in_order], indent=1) + "\n")
-    written.replace(path)  # at once: an interrupted write must not break the import
 
 
 TABLE = read_table(TABLE_PATH)

@@ -4,7 +4,7 @@ The kernel receives these as they are, named tuples inside a named tuple; what a
 use is None. :class:`Sizes` is made on the device, from the integers of the launch.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +20,9 @@ class RouterTensors(NamedTuple):
 class ExpertTensors(NamedTuple):
     """The routed experts."""
 
-    gate_up_E2IH: Any = None  # a tensor, or a descriptor where its rule says ``tma``
-    down_EHI: Any = None
+    # The kernel gets the weights beside this record: None there.
+    gate_up_E2IH: Tensor | None = None
+    down_EHI: Tensor | None = None
     gate_up_bias_E2I: Tensor | None = None
     down_bias_EH: Tensor | None = None
 

@@ -14,18 +14,19 @@ import torch
 
 from balance import Topology, make_plan
 from balance.measures.load import imbalance
-from perf.demo import picture as plots_demo
-from perf.demo import report as demo_report
+from perf.demo import report
 from perf.demo.compare import find_failures, forward_all_ways, measure_drift, rank_loads
+from perf.demo.files import CARD, DATA, WEIGHTS
 from perf.demo.model import load_model
+from perf.demo.picture import draw
 from perf.demo.rollout import PROMPT_OF_KIND, RolloutConfig, roll_out
-from perf.demo.train import CARD, DATA, WEIGHTS
 
 KINDS = list(PROMPT_OF_KIND)
 VIRTUAL_RANKS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, how much it rolls out, and where the picture goes."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -64,22 +65,22 @@ def run(arguments: argparse.Namespace) -> int:
         load_model(arguments.model / WEIGHTS, device, dtype)
         for dtype in (torch.bfloat16, torch.float32, torch.float64)
     )
-    demo_report.show_model(arguments.model / CARD, device)
+    report.show_model(arguments.model / CARD, device)
 
     rollouts = roll_out(rollout_model, config)
-    demo_report.show_rollouts(KINDS, rollouts)
-    demo_report.show_drift(measure_drift(model, rollouts))
+    report.show_rollouts(KINDS, rollouts)
+    report.show_drift(measure_drift(model, rollouts))
 
     trace = rollouts.trace(model.config.num_experts, VIRTUAL_RANKS)
     plan = make_plan(trace, Topology(ranks_per_node=VIRTUAL_RANKS, spare_slots_per_rank=1))
     load_BLE, before_BLR, after_BLR = trace.loads(), *rank_loads(trace, plan, VIRTUAL_RANKS)
-    demo_report.show_balance(KINDS, load_BLE, before_BLR, after_BLR)
-    demo_report.show_plan(plan)
+    report.show_balance(KINDS, load_BLE, before_BLR, after_BLR)
+    report.show_plan(plan)
 
     worst = int(imbalance(before_BLR).max(-1).argmax())
     forwards = forward_all_ways(model, oracle, rollouts, plan, worst)
-    demo_report.show_forwards(KINDS[worst], forwards)
-    plots_demo.draw(arguments.out, KINDS, load_BLE, before_BLR[worst], after_BLR[worst], worst)
+    report.show_forwards(KINDS[worst], forwards)
+    draw(arguments.out, KINDS, load_BLE, before_BLR[worst], after_BLR[worst], worst)
     print(f"\nwrote {arguments.out} after {time.perf_counter() - start:.0f} s")
 
     failures = find_failures(forwards)

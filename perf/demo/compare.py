@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import megakernel
 from balance import Plan, Trace
 from perf.demo.layers import MegakernelLayer, ReferenceLayer, WatchedLayer, watch
 from perf.demo.model import DemoModel, MoELayer
 from perf.demo.rollout import Rollouts
+from perf.extras import progress_bar
 
 # The kernel may be this much further from float64 than eager PyTorch in the same dtype is.
 MOST_TIMES_EAGER_ERROR = 4.0
@@ -24,8 +24,8 @@ class Drift:
     """How far the training side's float32 is from the rollout's bfloat16.
 
     Attributes:
-        rerouted: share of (token, layer) pairs for which a free gate picks another set of experts.
-        gap_free: mean |log p of a sampled byte, training - rollout|, gate free, in nats.
+        rerouted: share of (token, layer) pairs whose set of experts a free router changes.
+        gap_free: mean |log p of a sampled byte, training - rollout|, router free, in nats.
         gap_replayed: the same with the recorded experts forced.
     """
 
@@ -39,7 +39,10 @@ class Forward:
     """One training-side forward pass over a micro-batch.
 
     Attributes:
+        name: who computed it, on which route.
+        logits_GSU: float32.
         relative_error: max |logit - float64's| / max |float64's logit|, both under this routing.
+        seconds: of the wall clock.
         layers: the layers that ran, with their launches counted.
     """
 
@@ -51,7 +54,7 @@ class Forward:
 
 
 def measure_drift(model: DemoModel, rollouts: Rollouts) -> Drift:
-    """Run the training side over all rollouts with the gate free and with the ids forced."""
+    """Run the training side over all rollouts with the router free and with the ids forced."""
     byte_GS = rollouts.byte_GS[:, :-1]
     free = model(byte_GS, reference_layers(model))
     replayed = model(byte_GS, reference_layers(model, rollouts.expert_of_TLK))
@@ -105,12 +108,12 @@ def forward_all_ways(
     ]
     layers_of_way = {
         "reference, replayed": reference_layers(model, ids_TLK),
-        "megakernel, gate free": megakernel_layers(model),
+        "megakernel, router free": megakernel_layers(model),
         "megakernel, replayed": megakernel_layers(model, ids_TLK),
         "megakernel, replayed, planned": megakernel_layers(model, ids_TLK, placement_L),
     }
     num_calls = len(layers_of_way) * model.config.num_layers
-    with tqdm(total=num_calls, desc="training side", unit="layer", leave=False) as progress:
+    with progress_bar(total=num_calls, desc="training side", unit="layer") as progress:
         return [
             forward(name, watch(layers, progress.update), model, oracle, byte_GS)
             for name, layers in layers_of_way.items()
@@ -154,6 +157,7 @@ def find_failures(forwards: Sequence[Forward]) -> list[str]:
 
 
 def same_bits(one: Forward, other: Forward) -> bool:
+    """Whether two passes gave equal logits; NaN is equal to nothing."""
     return torch.equal(one.logits_GSU, other.logits_GSU)
 
 

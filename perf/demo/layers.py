@@ -1,19 +1,16 @@
 """Who may compute the demo model's MoE layers: the reference, or the megakernel, watched."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import megakernel
 import reference
 from perf.demo.model import MoELayer, MoEWeights
+from perf.measuring.launches import count_launches
 
 WARM_UPS = 10
 REPEATS = 50
@@ -69,7 +66,14 @@ class MegakernelLayer:
 
 @dataclass
 class WatchedLayer:
-    """A layer that counts the launches of its latest call, and can repeat and time that call."""
+    """A layer that counts the launches of its latest call, and can repeat and time that call.
+
+    Attributes:
+        layer: who computes.
+        on_done: called after each call, for a progress bar.
+        launches: of the latest call.
+        call: repeats it.
+    """
 
     layer: MoELayer
     on_done: Callable[[], object]
@@ -94,43 +98,8 @@ class WatchedLayer:
 
 
 def watch(layers: Iterable[MoELayer], on_done: Callable[[], object]) -> list[WatchedLayer]:
+    """Return the layers with their launches counted; ``on_done`` is called after each call."""
     return [WatchedLayer(layer, on_done) for layer in layers]
-
-
-@contextmanager
-def count_launches(on_gpu: bool) -> Iterator[list[str]]:
-    """Yield a list that holds, after the block, the name of everything launched inside.
-
-    On a GPU that is every kernel, copy and fill the profiler saw; otherwise every run of Triton's
-    interpreter.
-    """
-    launched: list[str] = []
-    if not on_gpu:
-        with _record_interpreted(launched):
-            yield launched
-        return
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        yield launched
-        torch.cuda.synchronize()
-    launched += [
-        event.name
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-
-
-@contextmanager
-def _record_interpreted(launched: list[str]) -> Iterator[None]:
-    from triton.runtime.interpreter import GridExecutor
-
-    run = GridExecutor.__call__
-
-    def record(executor: GridExecutor, *args: Any, **options: Any) -> None:
-        launched.append(executor.fn.__name__)
-        run(executor, *args, **options)
-
-    with patch.object(GridExecutor, "__call__", record):
-        yield
 
 
 def _event_us(call: Callable[[], object]) -> float:

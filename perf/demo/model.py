@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention
+
+from perf.extras import optional
 
 NUM_BYTES = 256
 ROPE_BASE = 10_000.0
@@ -22,7 +22,12 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; every layer has the same."""
+    """Sizes of the model; every layer has the same.
+
+    Attributes:
+        num_layers, hidden, num_experts, top_k, intermediate: L, H, E, K and I.
+        num_heads: of the attention.
+    """
 
     num_layers: int = 3
     hidden: int = 80
@@ -33,14 +38,20 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
+        """D."""
         return self.hidden // self.num_heads
 
 
 class MoEWeights(NamedTuple):
-    """One layer's router and experts, in the layout of Hugging Face transformers."""
+    """One layer's router and experts, in the layout of Hugging Face transformers.
+
+    Attributes:
+        router_weight_EH, down_EHI: of the router, and out of the experts.
+        gate_up_E2IH: into the experts, gate rows first, then up rows.
+    """
 
     router_weight_EH: Tensor
-    gate_up_E2IH: Tensor  # gate rows first, then up rows
+    gate_up_E2IH: Tensor
     down_EHI: Tensor
 
 
@@ -51,14 +62,24 @@ class MoELayer(Protocol):
 
 
 class KeysAndValues(NamedTuple):
-    """What one layer remembers of the positions already read; each is [G, heads, S, D]."""
+    """What one layer remembers of the positions already read.
+
+    Attributes:
+        keys, values: [G, heads, S, D].
+    """
 
     keys: Tensor
     values: Tensor
 
 
 class Step(NamedTuple):
-    """What one pass over some positions returns."""
+    """What one pass over some positions returns.
+
+    Attributes:
+        logits_GSU: of the byte after each position.
+        expert_of_TLK: int64, whom each layer chose.
+        memory_L: what later positions need of these and the earlier ones.
+    """
 
     logits_GSU: Tensor
     expert_of_TLK: Tensor
@@ -83,6 +104,7 @@ class Block(nn.Module):
     def forward(
         self, x_GSH: Tensor, moe: MoELayer, past: KeysAndValues | None
     ) -> tuple[Tensor, Tensor, KeysAndValues]:
+        """Return the positions' new states, the experts that they chose, and the memory."""
         attended_GSH, memory = self.attend(normalize(x_GSH, self.attention_norm_H), past)
         x_GSH = x_GSH + attended_GSH
         x_TH = normalize(x_GSH, self.moe_norm_H).flatten(0, 1)
@@ -104,6 +126,7 @@ class Block(nn.Module):
         return linear(mixed.transpose(1, 2).flatten(2), self.out_HH), KeysAndValues(key, value)
 
     def moe_weights(self) -> MoEWeights:
+        """Return what this layer's MoE function is given."""
         return MoEWeights(self.router_weight_EH, self.gate_up_E2IH, self.down_EHI)
 
 
@@ -160,12 +183,13 @@ def rotate(heads_GNSD: Tensor, start: int) -> Tensor:
 def save_model(model: DemoModel, path: Path) -> None:
     """Write weights as float16, with the sizes of the model in the file's own metadata."""
     weights = {name: value.detach().half() for name, value in model.state_dict().items()}
-    save_file(weights, path, {name: str(size) for name, size in asdict(model.config).items()})
+    sizes = {name: str(size) for name, size in asdict(model.config).items()}
+    optional("safetensors.torch").save_file(weights, path, sizes)
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> DemoModel:
     """Read what :func:`save_model` wrote; weights are frozen, as the layer has no backward yet."""
-    with safe_open(path, framework="pt", device=device) as file:
+    with optional("safetensors").safe_open(path, framework="pt", device=device) as file:
         sizes = {name: int(size) for name, size in file.metadata().items()}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with torch.device(device):

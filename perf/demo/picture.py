@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
 from balance.measures.load import imbalance
+from perf.results.drawing import BLUE, ORANGE, add_legend, make_figure, save_figure
 
-# Okabe and Ito's palette: these two stay apart for every kind of colour vision.
-BEFORE, AFTER = "#E69F00", "#0072B2"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BEFORE, AFTER = ORANGE, BLUE
 # Colours stop changing at this many times the mean, so that one hot expert hides no others.
 FULL_COLOUR = 4.0
 
@@ -37,9 +36,7 @@ def draw(
         shown: that micro-batch.
     """
     num_layers = load_BLE.shape[1]
-    figure, axes = plt.subplots(
-        2, num_layers, figsize=(4.6 * num_layers, 6.4), layout="constrained", squeeze=False
-    )
+    figure, axes = make_figure(2, num_layers, 4.6 * num_layers, 6.4)
     relative_BLE = load_BLE / load_BLE.mean(-1, keepdims=True)
     for layer in range(num_layers):
         heat = axes[0, layer].imshow(
@@ -49,26 +46,21 @@ def draw(
         _draw_ranks(axes[1, layer], before_LR[layer], after_LR[layer])
     figure.colorbar(heat, ax=axes[0, -1], label="load / mean load", extend="max")
     axes[1, 0].set_ylabel("assignments on the rank")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    add_legend(figure, axes[1], columns=3)
     highest = 1.08 * max(before_LR.max(), after_LR.max())
     for axis in axes[1]:
         axis.set_ylim(0, highest)
-    figure.suptitle(
-        f"Recorded expert load of every micro-batch, and rank load of “{kinds[shown]}”"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    title = f"Recorded expert load of every micro-batch, and rank load of “{kinds[shown]}”"
+    save_figure(figure, title, path)
 
 
-def _label_heat(axis: Axes, kinds: Sequence[str] | None, layer: int) -> None:
+def _label_heat(axis: "Axes", kinds: Sequence[str] | None, layer: int) -> None:
     axis.set_title(f"layer {layer}: load per expert")
     axis.set_xlabel("expert")
     axis.set_yticks(range(len(kinds)) if kinds else [], kinds)
 
 
-def _draw_ranks(axis: Axes, before_R: np.ndarray, after_R: np.ndarray) -> None:
+def _draw_ranks(axis: "Axes", before_R: np.ndarray, after_R: np.ndarray) -> None:
     rank_R = np.arange(len(before_R))
     axis.bar(rank_R - 0.2, before_R, 0.4, color=BEFORE, label="experts in order")
     axis.bar(rank_R + 0.2, after_R, 0.4, color=AFTER, label="under the plan")

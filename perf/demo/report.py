@@ -1,4 +1,4 @@
-"""What the demo prints."""
+"""What the demo prints: a section per step, so that each claim stands beside its figures."""
 
 import json
 import platform
@@ -15,6 +15,7 @@ from perf.demo.rollout import Rollouts
 
 
 def show_model(card_path: Path, device: str) -> None:
+    """Print where this runs, and what the model was trained on and reached."""
     card = json.loads(card_path.read_text())
     losses = ", ".join(f"{k} {v:.2f}" for k, v in card["held_out_loss_nats_per_byte"].items())
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton interpreter"
@@ -33,11 +34,12 @@ def show_rollouts(kinds: Sequence[str], rollouts: Rollouts) -> None:
 
 
 def show_drift(drift: Drift) -> None:
+    """Print why recorded choices are replayed: what a free router would do instead."""
     print("\n2. Training side in float32, all rollouts, reference layers")
-    print(f"   a free gate reroutes {drift.rerouted:.1%} of the (byte, layer) pairs")
+    print(f"   a free router reroutes {drift.rerouted:.1%} of the (byte, layer) pairs")
     print(
         "   log probability of sampled bytes, mean distance to the rollout's: "
-        f"{drift.gap_free:.4f} nats with a free gate, {drift.gap_replayed:.4f} replayed"
+        f"{drift.gap_free:.4f} nats with a free router, {drift.gap_replayed:.4f} replayed"
     )
 
 

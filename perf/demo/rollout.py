@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from balance import Trace
 from perf.demo.layers import ReferenceLayer
 from perf.demo.model import DemoModel
+from perf.extras import progress_bar
 
 PROMPT_OF_KIND = {
     "class": "class OptionParser:\n    def add_argument(self, name, default=None):\n        ",
@@ -22,7 +22,15 @@ PROMPT_OF_KIND = {
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How much is generated; every prompt is cut to its last ``prompt_bytes``."""
+    """How much is generated.
+
+    Attributes:
+        samples_per_prompt: sequences that continue the same prompt.
+        prompt_bytes: every prompt is cut to its last ones.
+        new_bytes: sampled for each sequence.
+        temperature: of the sampling.
+        seed: of the sampling.
+    """
 
     samples_per_prompt: int = 8
     prompt_bytes: int = 32
@@ -51,12 +59,18 @@ class Rollouts:
 
     Sequence g = prompt · samples_per_prompt + sample; token t = g · S + s over the S recorded
     positions.
+
+    Attributes:
+        config: how much was generated.
+        byte_GS: int64; one position more than was recorded: the last sample.
+        sampled_logprob_GS: fp32, of the new bytes only, under the rollout's own numbers.
+        expert_of_TLK: int64, as the rollout routed.
     """
 
     config: RolloutConfig
-    byte_GS: Tensor  # int64; one position more than was recorded: the last sample
-    sampled_logprob_GS: Tensor  # fp32, of the new bytes only, under the rollout's own numbers
-    expert_of_TLK: Tensor  # int64, as the rollout routed
+    byte_GS: Tensor
+    sampled_logprob_GS: Tensor
+    expert_of_TLK: Tensor
 
     def micro_batch(self, prompt: int) -> slice:
         """The sequences of one prompt, which train together."""
@@ -84,7 +98,7 @@ class Rollouts:
 def roll_out(model: DemoModel, config: RolloutConfig) -> Rollouts:
     """Sample continuations of every prompt, byte by byte, all sequences at once.
 
-    The model runs in its own dtype, with the gate choosing freely; what it chose is recorded.
+    The model runs in its own dtype, with the router choosing freely; what it chose is recorded.
     """
     device = model.embedding_UH.device
     layer_L = [ReferenceLayer(model.config.top_k)] * model.config.num_layers
@@ -93,7 +107,7 @@ def roll_out(model: DemoModel, config: RolloutConfig) -> Rollouts:
     step = model(byte_GS, layer_L)
     ids_of_step = [split_sequences(step.expert_of_TLK, len(byte_GS))]
     logprobs = []
-    progress = trange(config.new_bytes, desc="rollouts", unit="byte", leave=False)
+    progress = progress_bar(range(config.new_bytes), desc="rollouts", unit="byte")
     for new in progress:
         byte_G, logprob_G = sample(step.logits_GSU[:, -1], config.temperature, random)
         byte_GS = torch.cat((byte_GS, byte_G[:, None]), dim=1)

@@ -34,6 +34,7 @@ class Windows:
         return text[start + torch.arange(length)].long()
 
     def draw_mixed(self, count: int, length: int) -> Tensor:
+        """Return ``count`` windows in all, each kind with its share of them."""
         kinds = list(SHARE_OF_KIND)
         share = torch.tensor([SHARE_OF_KIND[kind] for kind in kinds])
         drawn = torch.multinomial(share, count, replacement=True, generator=self.random)

@@ -1,7 +1,7 @@
 """Train the demo's model on the Python standard library: ``python -m perf.demo.train``.
 
 One run takes about five minutes on two cores and writes the weights and their description to
-perf/demo/data/. The text comes with the interpreter, so another Python version gives other weights.
+perf/demo/data/. The text comes with the interpreter, so another Python gives other weights.
 """
 
 import argparse
@@ -16,20 +16,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
-from tqdm import trange
 
+from perf.demo.files import CARD, DATA, WEIGHTS
 from perf.demo.model import DemoModel, ModelConfig, MoELayer, MoEWeights, load_model, save_model
 from perf.demo.text import SHARE_OF_KIND, Windows, read_texts
+from perf.extras import progress_bar
 
-DATA = Path(__file__).parent / "data"
-WEIGHTS = "demo.safetensors"
-CARD = "demo.json"
 HELD_OUT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the committed weights were made."""
+    """How the committed weights were made.
+
+    Attributes:
+        steps: of the optimizer.
+        sequences, length: of a batch; the length in bytes.
+        learning_rate, warmup_steps: the highest, and the steps until it is reached.
+        weight_decay: of matrices.
+        balance_coefficient: of the load-balancing loss.
+        seed: of weights and windows.
+    """
 
     steps: int = 2400
     sequences: int = 16
@@ -79,6 +86,7 @@ def run_experts(x_AH: Tensor, load_E: Sequence[int], weights: MoEWeights) -> Ten
 
 
 def balance_loss(logits_TE: Tensor, load_E: Tensor) -> Tensor:
+    """E · sum over e of (share of assignments · mean router probability); 1 when balanced."""
     share_E = load_E / load_E.sum()
     return len(load_E) * (share_E * logits_TE.softmax(-1).mean(0)).sum()
 
@@ -91,7 +99,7 @@ def train(config: TrainConfig, texts: dict[str, list[bytes]]) -> DemoModel:
     moe_of_L = [GroupedMoE(model.config.top_k) for _ in model.blocks]
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, config))
-    progress = trange(config.steps, desc="training", unit="step", mininterval=2)
+    progress = progress_bar(range(config.steps), desc="training", unit="step", mininterval=2)
     for _ in progress:
         byte_GS = windows.draw_mixed(config.sequences, config.length + 1)
         text_loss = next_byte_loss(model, byte_GS, moe_of_L)
@@ -172,6 +180,7 @@ def describe(
 
 
 def main() -> None:
+    """Train, examine, and write weights and card."""
     parser = argparse.ArgumentParser(prog="python -m perf.demo.train", description=__doc__)
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")

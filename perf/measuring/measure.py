@@ -24,7 +24,13 @@ Sampler = Callable[[], float]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often, and how much memory is overwritten to empty the L2 cache."""
+    """How a figure is sampled.
+
+    Attributes:
+        warm_ups: calls of each provider that are not timed.
+        rounds: in each of which every provider is timed once.
+        flush_bytes: overwritten before each timed call to empty the L2 cache.
+    """
 
     warm_ups: int = 10
     rounds: int = 50
@@ -37,7 +43,12 @@ QUICK = Protocol(warm_ups=3, rounds=10)
 
 @dataclass(frozen=True)
 class Timing:
-    """Spread of samples; the unit is the caller's, microseconds for times."""
+    """Spread of samples; the unit is the caller's, microseconds for times.
+
+    Attributes:
+        median, p20, p80: percentiles of the samples.
+        n: how many there were.
+    """
 
     median: float
     p20: float

@@ -1,11 +1,11 @@
 """What a layer must at least do, and what the machine can at most do."""
 
+import typing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megakernel.tools.models import ModelShape
 from perf.measuring.measure import Protocol, Timing, time_graphs
 
 DENSE_SIZE = 8192
@@ -14,9 +14,26 @@ L2_READ_BYTES = 32 << 20
 L2_READS = 64
 
 
+class ExpertWidths(typing.Protocol):
+    """H and I of a layer's experts, as every description of a model names them."""
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+
+    @property
+    def intermediate(self) -> int:
+        """I."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """Useful work of one call: nothing padded, nothing read twice."""
+    """Useful work of one call: nothing padded, nothing read twice.
+
+    Attributes:
+        flops: of the expert FFN.
+        bytes: from and to memory.
+    """
 
     flops: float
     bytes: float
@@ -27,7 +44,7 @@ class Work:
         return self.flops / self.bytes
 
 
-def useful_work(model: ModelShape, num_tokens: int, load_E: np.ndarray) -> Work:
+def useful_work(model: ExpertWidths, num_tokens: int, load_E: np.ndarray) -> Work:
     """Count a call's work.
 
     flops = 6·A·H·I with A = T·K the served assignments: gate, up and down product of each. The
@@ -41,9 +58,13 @@ def useful_work(model: ModelShape, num_tokens: int, load_E: np.ndarray) -> Work:
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the machine can do at most: a dense bfloat16 product, a copy, reads from L2.
+    """What the machine can do at most.
 
-    ``source`` says where the figures come from; "measured" only if they were, in this run.
+    Attributes:
+        dense_flops_per_s: of a dense bfloat16 product.
+        copy_bytes_per_s: of a copy, bytes read and written both counted.
+        l2_bytes_per_s: of reads from L2.
+        source: where the figures come from; "measured" only if they were, in this run.
     """
 
     dense_flops_per_s: float

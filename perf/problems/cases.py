@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from balance.recorded import read as formats
+from balance import Trace
+from balance.recorded.read import Routes, read
 from balance.recorded.synthetic import SyntheticConfig, make_trace, top_k_chance
 from megakernel.config import KernelConfig, LayerShape
 from megakernel.launch.tuned import config_on
@@ -20,13 +21,12 @@ SIMULATED_GPU = "NVIDIA H200"
 
 # For tests and rehearsals: every path of the suites in milliseconds on a CPU.
 TINY = ModelShape("tiny", 8, 2, 64, 32, 2)
-# The model whose routing is recorded in TRACE_PATH.
+# The shape that a trace of 32 experts, top-4, is played on: the demo's, and gpt-oss-20b's own.
 GPT_OSS_20B = ModelShape("gpt-oss-20b", 32, 4, 2880, 2880, 24)
 SHAPES = {shape.name: shape for shape in (*MODELS.values(), GPT_OSS_20B, TINY)}
 
-TRACE_PATH = Path(__file__).parents[2] / "../shared/traces/gptoss20b.npz"
-# The layer that is read from it: its imbalance is the median of the layers'.
-TRACE_LAYER = 17
+# What the demo's model routed while generating; any other recording is named with --trace.
+RECORDING = Path(__file__).parents[1] / "demo" / "data" / "routing.npz"
 
 # Load of each expert over the mean, hottest first: gpt-oss-20b while generating, layer 17 of
 # AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting (Apache-2.0), all 107920 tokens.
@@ -38,17 +38,27 @@ RECORDED_PROFILE = (
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: a model's layer, a number of tokens, and who is routed where."""
+    """One problem: a model's layer, a number of tokens, and who is routed where.
+
+    Attributes:
+        model: sizes of the layer.
+        num_tokens: T.
+        scenario: key of SCENARIOS.
+        seed: of what is drawn.
+        trace: the recording that the scenario "trace" reads.
+    """
 
     model: ModelShape
     num_tokens: int
     scenario: str = "uniform"
     seed: int = 0
+    trace: Path = RECORDING
 
     @property
     def name(self) -> str:
         """Identifies the case in results, up to the number of tokens."""
-        return f"{self.model.name}/{self.scenario}"
+        played = f" {self.trace.stem}" if self.scenario == "trace" else ""
+        return f"{self.model.name}/{self.scenario}{played}"
 
     @property
     def num_assignments(self) -> int:
@@ -106,9 +116,9 @@ def synthetic(case: Case) -> np.ndarray:
     return make_trace(config).ids_TLK[:, 0].astype(np.int64)
 
 
-def gpt_oss(case: Case) -> np.ndarray:
-    """The recorded ids themselves, sequences in their order."""
-    ids_TK = read_trace_layer(str(TRACE_PATH), TRACE_LAYER)
+def trace(case: Case) -> np.ndarray:
+    """The ids of a recording, tokens in their order; of the layer with the median imbalance."""
+    ids_TK = typical_layer(case.trace)
     if case.num_tokens > len(ids_TK):
         raise ValueError(f"num_tokens must be at most {len(ids_TK)}, got {case.num_tokens}")
     return ids_TK[: case.num_tokens].astype(np.int64)
@@ -128,19 +138,21 @@ SCENARIOS: dict[str, Callable[[Case], np.ndarray]] = {
     "zipf": zipf,
     "recorded": recorded,
     "synthetic": synthetic,
-    "gpt-oss": gpt_oss,
+    "trace": trace,
     "one takes all": one_takes_all,
 }
 
 
 def why_missing(case: Case) -> str | None:
     """Return why the case's routing cannot be had here, or None."""
-    if case.scenario != "gpt-oss":
+    if case.scenario != "trace":
         return None
-    wanted, given = GPT_OSS_20B, case.model
-    if (given.num_experts, given.top_k) != (wanted.num_experts, wanted.top_k):
-        return f"the trace is of {wanted.num_experts} experts, top-{wanted.top_k}"
-    return None if TRACE_PATH.exists() else f"no trace at {TRACE_PATH.name}"
+    if not case.trace.exists():
+        return f"there is no {case.trace}"
+    num_experts, top_k = sizes_of(read_trace(case.trace))
+    if (case.model.num_experts, case.model.top_k) != (num_experts, top_k):
+        return f"the trace is of {num_experts} experts, top-{top_k}"
+    return None
 
 
 def make_ids(case: Case) -> np.ndarray:
@@ -193,7 +205,32 @@ def fit_logits(weight_E: np.ndarray, top_k: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def read_trace_layer(path: str, layer: int) -> np.ndarray:
-    """Return ids_TK of one layer of a recording."""
-    routes = formats.read(path)
-    return np.ascontiguousarray(routes.ids_TLK[:, layer])
+def read_trace(path: Path) -> Trace | Routes:
+    """Read a recording, packed or not.
+
+    Raises:
+        ValueError: if the file is none.
+        OSError: if it cannot be read.
+    """
+    return read(path)
+
+
+def sizes_of(recorded: Trace | Routes) -> tuple[int, int]:
+    """Return E and K of a recording."""
+    return recorded.num_experts, recorded.ids_TLK.shape[2]
+
+
+@lru_cache(maxsize=1)
+def typical_layer(path: Path) -> np.ndarray:
+    """Return ids_TK of the layer whose imbalance is the median of the layers'.
+
+    Tokens without a choice in some layer are left out.
+    """
+    recorded = read_trace(path)
+    ids_TLK = recorded.ids_TLK
+    if recorded.row_mask_T is not None:
+        ids_TLK = ids_TLK[recorded.row_mask_T]
+    ids_TLK = ids_TLK[(ids_TLK >= 0).all((1, 2))]
+    hottest_L = [np.bincount(ids_TK.ravel()).max() for ids_TK in ids_TLK.swapaxes(0, 1)]
+    layer = np.argsort(hottest_L, kind="stable")[len(hottest_L) // 2]
+    return np.ascontiguousarray(ids_TLK[:, layer])

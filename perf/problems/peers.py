@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf.problems.providers import OURS, PLAIN, Call, Problem, Provider, torch_gate
+from perf.problems.providers import OURS, PLAIN, Call, Provider, torch_router
+from perf.problems.tensors import Problem
 
 # LigerCute reserves memory once per process for its largest call.
 CUTE_MAX_TOKENS, CUTE_MAX_HIDDEN, CUTE_MAX_EXPERTS, CUTE_MAX_TOP_K = 65536, 7168, 256, 8
@@ -26,7 +27,7 @@ def transformers_grouped_mm(problem: Problem) -> Call:
     experts.down_proj = torch.nn.Parameter(problem.down_EHI, requires_grad=False)
 
     def call() -> Tensor:
-        expert_of_TK, gate_TK = torch_gate(problem)
+        expert_of_TK, gate_TK = torch_router(problem)
         return experts(problem.x_TH, expert_of_TK, gate_TK.to(problem.x_TH.dtype))
 
     return call
@@ -37,7 +38,7 @@ def liger(problem: Problem) -> Call:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def call() -> Tensor:
-        expert_of_TK, gate_TK = torch_gate(problem)
+        expert_of_TK, gate_TK = torch_router(problem)
         return LigerFusedMoEFunction.apply(
             problem.x_TH, problem.gate_up_E2IH, problem.down_EHI, expert_of_TK.int(), gate_TK
         )
@@ -54,7 +55,7 @@ def liger_cute(problem: Problem) -> Call:
     gate_EIH, up_EIH = problem.gate_up_E2IH[:, :I], problem.gate_up_E2IH[:, I:]
 
     def call() -> Tensor:
-        expert_of_TK, gate_TK = torch_gate(problem)
+        expert_of_TK, gate_TK = torch_router(problem)
         return moe_fused(
             problem.x_TH, expert_of_TK.int(), gate_TK, gate_EIH, up_EIH, problem.down_EHI,
             E, problem.top_k,
@@ -118,7 +119,7 @@ def sglang(problem: Problem) -> Call:
     )  # fmt: skip
 
     def call() -> Tensor:
-        expert_of_TK, gate_TK = torch_gate(problem)
+        expert_of_TK, gate_TK = torch_router(problem)
         # The logits are not read once ids and weights are known.
         chosen = StandardTopKOutput(gate_TK, expert_of_TK.int(), gate_TK)
         return fused_moe(problem.x_TH, problem.gate_up_E2IH, problem.down_EHI, chosen, config)

@@ -20,14 +20,18 @@ OUR_NAMES = ("ours", "our plan", "this planner")
 
 @dataclass(frozen=True)
 class Change:
-    """One figure in both results; ``growth`` is after / before - 1."""
+    """One figure in both results.
+
+    Attributes:
+        before, after: equal in their keys.
+    """
 
     before: Row
     after: Row
 
     @property
     def growth(self) -> float:
-        """Relative change, infinite from zero."""
+        """after / before - 1, infinite from zero."""
         if not self.before.median:
             return float("inf") if self.after.median else 0.0
         return self.after.median / self.before.median - 1
@@ -51,7 +55,7 @@ class Comparison:
 
     Attributes:
         changes: figures in both, the worst first.
-        worse: those of ours that fail the gate.
+        worse: those of ours that got worse by more than the limit.
         lost: figures of ours that the second result lacks.
     """
 
@@ -96,6 +100,7 @@ def parse_percent(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the two results, the limit, and how much to print."""
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--fail", type=parse_percent, default=0.05, metavar="5%%")
@@ -103,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the largest changes; 1 when the gate fails, 2 when there is nothing to compare."""
+    """Print the largest changes; 1 when ours got worse, 2 when there is nothing to compare."""
     try:
         found = compare(
             record.read([arguments.before]), record.read([arguments.after]), arguments.fail

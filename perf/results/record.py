@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import triton
 
 from perf.measuring.measure import Timing
 
 ROOT = Path(__file__).parents[2]
+# Stands beside every figure that a model of the machine gave.
+LABEL = "PREDICTED by a model of the queue, not measured"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Row:
         return self.suite, self.case, self.provider, self.T, self.mode, self.metric
 
 
+_Kind = TypeVar("_Kind")
+
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
@@ -76,6 +80,8 @@ def make_row(
 @cache
 def provenance() -> dict[str, str]:
     """Say where this process runs; ``gpu`` is "none" without one."""
+    import triton  # here, so that results are read where there is none
+
     has_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
@@ -113,6 +119,25 @@ def read(paths: Sequence[Path]) -> list[Row]:
         for file in files:
             rows += _read_file(file)
     return rows
+
+
+def pick(rows: Sequence[Row], **wanted: str) -> list[Row]:
+    """Return the rows whose fields have the wanted values."""
+    return [
+        row for row in rows if all(getattr(row, name) == want for name, want in wanted.items())
+    ]
+
+
+def provenance_line(rows: Sequence[Row]) -> str:
+    """Say where rows come from."""
+    row = rows[0]
+    gpu = "no GPU" if row.gpu == "none" else row.gpu
+    return f"{gpu}, torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+
+
+def unique(values: Iterable[_Kind]) -> list[_Kind]:
+    """Return distinct values in the order they first occur."""
+    return list(dict.fromkeys(values))
 
 
 def _read_file(path: Path) -> list[Row]:

@@ -3,25 +3,32 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.tools.timeline import Timeline
-from perf.problems.cases import Case, make_loads
-from perf.simulator.predict import LABEL, predict
-
-# Okabe and Ito's palette.
-COLOUR_OF_TASK = dict(
-    zip(NAMES, ("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2"), strict=True)
+from perf.results.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    add_legend,
+    make_figure,
+    save_figure,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = (SKY, ORANGE, PURPLE, BLACK, GREEN, GREY, VERMILION, BLUE)
+COLOUR_OF_TASK = dict(zip(NAMES, COLOURS, strict=True))
 SHOWN_WORKERS = 24
 PREDICTED = "us, predicted,"
 PATTERN = "timeline_*.npz"
@@ -29,7 +36,13 @@ PATTERN = "timeline_*.npz"
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A timeline with the words that belong to it, and what its times are in."""
+    """A timeline with the words that belong to it.
+
+    Attributes:
+        title: what was launched, where and when.
+        timeline: of one launch.
+        unit: what its times are in, and whether they are predicted.
+    """
 
     title: str
     timeline: Timeline
@@ -73,23 +86,18 @@ def draw_saved(folders: Sequence[Path], out: Path) -> list[Path]:
     return written
 
 
-def draw_predicted(case: Case, out: Path) -> list[Path]:
-    """Draw what the simulator expects of a case; return what was written."""
-    load_E, written = make_loads(case), []
-    for mode in ("live", "replay"):
-        prediction = predict(case.model, case.num_tokens, load_E, case.default_config, mode)
-        title = f"{case.name}, T = {case.num_tokens}, {mode}\n{LABEL}"
-        path = out / f"timeline_{mode}_predicted.png"
-        written.append(plot_timeline(Saved(title, prediction, PREDICTED), path))
-    return written
-
-
 def plot_timeline(saved: Saved, path: Path) -> Path:
     """Draw what some of the workers do when, and what all of them do together."""
-    timeline = saved.timeline
-    figure, axes = plt.subplots(
-        2, 1, figsize=(12, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
+    figure, axes = make_figure(2, 1, 12, 7, height_ratios=(3, 1), sharex=True)
+    workers, shares = axes[:, 0]
+    _draw_workers(workers, saved.timeline)
+    _draw_shares(shares, saved.timeline, saved.unit)
+    add_legend(figure, [shares], columns=7)
+    return save_figure(figure, f"{saved.title}; white: claims and waits", path)
+
+
+def _draw_workers(axis: "Axes", timeline: Timeline) -> None:
+    """Draw the tasks of some workers, evenly chosen, as a line of bars for each."""
     num_workers = timeline.num_workers
     shown = np.unique(np.linspace(0, num_workers - 1, min(SHOWN_WORKERS, num_workers)).astype(int))
     spans_N2 = np.stack([timeline.start_N, timeline.end_N - timeline.start_N], axis=1)
@@ -97,18 +105,11 @@ def plot_timeline(saved: Saved, path: Path) -> Path:
         mine_N = timeline.worker_N == worker
         for kind, name in enumerate(NAMES):
             chosen_N = mine_N & (timeline.kind_N == kind)
-            axes[0].broken_barh(spans_N2[chosen_N], (line - 0.4, 0.8), color=COLOUR_OF_TASK[name])
-    axes[0].set(ylabel=f"{len(shown)} of {num_workers} workers", yticks=[], ylim=(-1, len(shown)))
-    draw_shares(axes[1], timeline, saved.unit)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    figure.suptitle(f"{saved.title}; white: claims and waits")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+            axis.broken_barh(spans_N2[chosen_N], (line - 0.4, 0.8), color=COLOUR_OF_TASK[name])
+    axis.set(ylabel=f"{len(shown)} of {num_workers} workers", yticks=[], ylim=(-1, len(shown)))
 
 
-def draw_shares(axis: Axes, timeline: Timeline, unit: str) -> None:
+def _draw_shares(axis: "Axes", timeline: Timeline, unit: str) -> None:
     """Stack the share of workers in each kind of task over time."""
     edges = np.linspace(0, timeline.launch_us, 200)
     shares = [

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backend_bases import FigureCanvasBase
 
 from megakernel.config import SHIPPED, KernelConfig
-from megakernel.tools.compile_check import ROUTE_OF_MODE
+from megakernel.tools.compile_cases import ROUTES
 from megakernel.tools.timeline import Timeline
-from perf.arguments import count, rate
+from perf.arguments import TRACE_HELP, count, rate
 from perf.measuring.roofline import useful_work
-from perf.problems.cases import SCENARIOS, SHAPES, Case, make_loads
+from perf.problems.cases import RECORDING, SCENARIOS, SHAPES, Case, make_loads
 from perf.results import record
+from perf.results.drawing import file_formats
+from perf.results.record import LABEL
 from perf.results.timelines import PREDICTED, Saved, plot_timeline
 from perf.simulator.costs import H200, Machine, MeasuredCosts, RooflineCosts
 from perf.simulator.predict import (
-    LABEL,
     Launch,
     TaskCosts,
     describe,
@@ -36,10 +36,12 @@ SETTABLE = tuple(field.name for field in fields(KernelConfig) if field.name not 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the case, the config, what is assumed of the machine, and what to print."""
     parser.add_argument("--model", choices=SHAPES, default="Qwen3-30B-A3B")
     parser.add_argument("--tokens", type=count, default=8192)
     parser.add_argument("--scenario", choices=SCENARIOS, default="recorded")
-    parser.add_argument("--mode", choices=ROUTE_OF_MODE, default="live")
+    parser.add_argument("--trace", type=Path, default=RECORDING, help=TRACE_HELP)
+    parser.add_argument("--route", choices=ROUTES, default="live")
     parser.add_argument("--config", choices=SHIPPED, help="default: the one moe() would choose")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=N", help="change the config"
@@ -52,21 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a prediction, or a ranking; 2 on what cannot be predicted."""
-    case = Case(SHAPES[arguments.model], arguments.tokens, arguments.scenario)
-    machine, mode = choose_machine(arguments.l2), arguments.mode
+    case = make_case(arguments)
+    machine, route = choose_machine(arguments.l2), arguments.route
     try:
         check_combination(arguments)
         load_E = make_loads(case)
         config = choose_config(arguments, case)
-        launch = make_launch(case.model, case.num_tokens, load_E, config, mode, machine)
-        costs, source = choose_costs(arguments.costs, case, mode, launch, machine)
+        launch = make_launch(case.model, case.num_tokens, load_E, config, route, machine)
+        costs, source = choose_costs(arguments.costs, case, route, launch, machine)
     except (ValueError, OSError) as error:
         print(f"perf simulate: {error}", file=sys.stderr)
         return 2
-    title = f"{case.name}, T = {case.num_tokens}, {mode}"
+    title = f"{case.name}, T = {case.num_tokens}, {route}"
     print(f"{LABEL}\n{title}, {source}")
     if arguments.search:
-        ranked = search_configs(config, case.model, case.num_tokens, load_E, mode, machine)
+        ranked = search_configs(config, case.model, case.num_tokens, load_E, route, machine)
         for predicted_us, one in ranked[: arguments.search]:
             print(f"{predicted_us:9.0f} us predicted  {describe(one)}")
         return 0
@@ -79,6 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def make_case(arguments: argparse.Namespace) -> Case:
+    """Return the case that was asked for."""
+    return Case(
+        SHAPES[arguments.model], arguments.tokens, arguments.scenario, trace=arguments.trace
+    )
+
+
 def check_combination(arguments: argparse.Namespace) -> None:
     """Raise ValueError on options that would contradict or ignore one another."""
     if arguments.search and (arguments.costs or arguments.plot):
@@ -87,9 +96,10 @@ def check_combination(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--costs must be without --config and --set: tasks were measured with the default"
         )
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if arguments.plot and arguments.plot.suffix.removeprefix(".") not in formats:
-        raise ValueError(f"--plot must end in one of {sorted(formats)}, got {arguments.plot}")
+    if arguments.plot and arguments.plot.suffix.removeprefix(".") not in file_formats():
+        raise ValueError(
+            f"--plot must end in one of {sorted(file_formats())}, got {arguments.plot}"
+        )
 
 
 def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
@@ -114,7 +124,7 @@ def choose_machine(l2_tbps: float | None) -> Machine:
 
 
 def choose_costs(
-    path: Path | None, case: Case, mode: str, launch: Launch, machine: Machine
+    path: Path | None, case: Case, route: str, launch: Launch, machine: Machine
 ) -> tuple[TaskCosts, str]:
     """Return roofline costs, or what the timeline suite measured for the case; and their source.
 
@@ -127,7 +137,7 @@ def choose_costs(
             schedule.spec, schedule.num_tokens, launch.tiles, launch.num_workers, machine
         )
         return costs, machine.roofs.source
-    wanted = ("timeline", case.name, case.num_tokens, f"ours {mode}", "clock")
+    wanted = ("timeline", case.name, case.num_tokens, f"ours {route}", "clock")
     found = {
         row.metric.removesuffix(" cost"): row
         for row in record.read([path])

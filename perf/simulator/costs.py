@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megakernel.plan.schedule import NAMES, Task
+from megakernel.plan.protocol import NAMES
+from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
 from perf.measuring.roofline import ASSUMED_H200, Roofs
 
 ELEMENT_BYTES = 2
+COMMON_NAMES = tuple(name for name in NAMES if not name.startswith("shared"))
 WGMMA_ROWS = 64
 
 
@@ -114,13 +116,13 @@ class RooflineCosts:
     def demand(self, task: Task) -> Demand:
         """Return what a task needs; changes what L2 holds."""
         spec = self.spec
-        if task.kind == spec.FFN1:
+        if task.kind in (spec.FFN1, spec.SHARED_FFN1):
             return self._ffn1(task)
-        if task.kind == spec.FFN2:
+        if task.kind in (spec.FFN2, spec.SHARED_FFN2):
             return self._ffn2(task)
         if task.kind == spec.COMBINE:
-            return self._combine()
-        return Demand(0.0, (self._gate, self._prefix, self._scatter)[task.kind]())
+            return self.combine()
+        return Demand(0.0, (self.route_us, self._prefix, self._scatter)[task.kind]())
 
     def _ffn1(self, task: Task) -> Demand:
         spec = self.spec
@@ -131,12 +133,12 @@ class RooflineCosts:
         # Tokens recur in the tiles of their other experts; all of them often fit the cache.
         if self.num_tokens * spec.hidden * ELEMENT_BYTES < self.machine.cache_bytes:
             token_bytes //= spec.top_k
-        missed = self._read(("up", expert, task.block), weight_bytes)
-        missed += self._read(("x", task.tile), token_bytes)
+        missed = self.read(("up", expert, task.block), weight_bytes)
+        missed += self.read(("x", task.tile), token_bytes)
         written = rows * spec.block_i * ELEMENT_BYTES
-        self._write(("h", task.tile), written)
+        self.write(("h", task.tile), written)
         busy = min(self.num_workers, len(self.tiles.rows_of_tile) * spec.i_blocks)
-        return self._gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
+        return self.gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
 
     def _ffn2(self, task: Task) -> Demand:
         spec = self.spec
@@ -145,15 +147,15 @@ class RooflineCosts:
         rows = int(self.tiles.rows_of_tile[task.tile])
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = spec.block_h * spec.intermediate * ELEMENT_BYTES
-        missed = self._read(("down", expert, task.block), weight_bytes)
-        missed += self._read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
+        missed = self.read(("down", expert, task.block), weight_bytes)
+        missed += self.read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
         written = rows * spec.block_h * ELEMENT_BYTES
         self._traffic += written
-        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_groups
+        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_column_groups
         busy = min(self.num_workers, tasks)
-        return self._gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
+        return self.gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
 
-    def _gemm(
+    def gemm(
         self, rows: int, columns: int, depth: int, missed: float, written: float, busy: int
     ) -> Demand:
         """One tile product: fill, steps at the slowest rate, store."""
@@ -169,7 +171,8 @@ class RooflineCosts:
             machine.latency_us + self._read_us(written, busy), steps_us, missed + written
         )
 
-    def _combine(self) -> Demand:
+    def combine(self) -> Demand:
+        """One token tile: rows of all choices read from L2 as far as they fit, one row written."""
         spec, machine = self.spec, self.machine
         width_bytes = spec.group_blocks * spec.block_h * ELEMENT_BYTES
         hit = min(1.0, machine.cache_bytes / (self.num_tokens * spec.top_k * width_bytes))
@@ -182,7 +185,8 @@ class RooflineCosts:
         moved = (1 - hit) * read + spec.combine_tokens * width_bytes
         return Demand(0.0, max(self._read_us(read, busy), latency_us), moved)
 
-    def _gate(self) -> float:
+    def route_us(self) -> float:
+        """Time of one token tile's routing, by the scans and products that its route needs."""
         spec, machine = self.spec, self.machine
         chunks = spec.block_tokens // spec.select_tokens
         scans = 2 * spec.top_k  # counting the choices, ranking them
@@ -227,7 +231,7 @@ class RooflineCosts:
         port = machine.sm_bytes_per_s / max(1.0, busy / machine.num_sms)
         return 1e6 * amount / min(machine.roofs.l2_bytes_per_s / max(busy, 1), port)
 
-    def _read(self, key: tuple, size: float) -> float:
+    def read(self, key: tuple, size: float) -> float:
         """Return the bytes that come from memory, and remember the use."""
         since = self._traffic - self._last_use.get(key, -np.inf)
         missed = size if since > self.machine.cache_bytes else 0.0
@@ -235,20 +239,25 @@ class RooflineCosts:
         self._last_use[key] = self._traffic
         return missed
 
-    def _write(self, key: tuple, size: float) -> None:
+    def write(self, key: tuple, size: float) -> None:
+        """Remember what a task wrote, which is in L2 from then on."""
         self._traffic += size
         self._last_use[key] = self._traffic
 
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean microseconds of each kind of task, as measured."""
+    """Mean of each kind of task, as measured; those of a shared expert where there is one.
+
+    Attributes:
+        us_of_kind: microseconds by the name of the kind.
+    """
 
     us_of_kind: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless every kind is there."""
-        if missing := [name for name in NAMES if name not in self.us_of_kind]:
+        """Raise ValueError unless every kind that all layers have is there."""
+        if missing := [name for name in COMMON_NAMES if name not in self.us_of_kind]:
             raise ValueError(f"us_of_kind must have every kind of task, got none for {missing}")
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:

@@ -1,28 +1,28 @@
 """Predict a launch: a discrete-event model of the queue, for a config and a routing.
 
 Nothing here is measured. Workers claim ids in order, wait for the tasks a task needs, and run it
-(``perf.simulator.queue``) for what it demands (``perf.simulator.costs``); the order and the waits are the kernel's own
-(``megakernel.plan.schedule``).
+(``perf.simulator.queue``) for what it demands (``perf.simulator.costs``); the order and the waits
+are the kernel's own (``megakernel.plan.schedule``).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megakernel.config import KernelConfig
+from megakernel.launch.call import make_spec
 from megakernel.plan.schedule import Schedule, Task
 from megakernel.plan.spec import KernelSpec
-from megakernel.tools.compile_check import CompileCase
+from megakernel.tools.compile_cases import CompileCase, make_call
 from megakernel.tools.models import ModelShape
 from megakernel.tools.timeline import Timeline
+from perf.extras import progress_bar
 from perf.simulator.costs import H200, Demand, Machine, RooflineCosts, Tiles
 from perf.simulator.queue import Play
 
 TaskCosts = Callable[[Sequence[Task]], list[Demand]]
-LABEL = "PREDICTED by a model of the queue, not measured"
 
 # Tile shapes that compile for sm_90 without spills in a queue of this kind: rows, gate and up
 # columns of FFN1, columns of FFN2, step, warps, stages, workers per multiprocessor.
@@ -51,7 +51,13 @@ SHOWN_FIELDS = (*TILE_FIELDS, *ORDERS, "num_workers")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """What is launched: the task list and what its tiles hold."""
+    """What is launched.
+
+    Attributes:
+        schedule: the task list.
+        tiles: what its row tiles hold.
+        num_workers: programs that claim its tasks.
+    """
 
     schedule: Schedule
     tiles: Tiles
@@ -68,11 +74,11 @@ def make_tiles(load_E: np.ndarray, block_rows: int) -> Tiles:
     return Tiles(rows, expert_of_tile)
 
 
-def make_spec(model: ModelShape, mode: str, config: KernelConfig) -> KernelSpec:
+def spec_of(model: ModelShape, route: str, config: KernelConfig) -> KernelSpec:
     """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
-    spec = CompileCase("rows128", model, mode).spec
-    shared = {field.name for field in fields(spec)} & {field.name for field in fields(config)}
-    return replace(spec, **{name: getattr(config, name) for name in shared})
+    call = make_call(CompileCase("rows128", model, route))
+    call = replace(call, rule=replace(call.rule, config=config))
+    return replace(make_spec(call), interpreted=False)
 
 
 def make_launch(
@@ -80,7 +86,7 @@ def make_launch(
     num_tokens: int,
     load_E: np.ndarray,
     config: KernelConfig,
-    mode: str = "live",
+    route: str = "live",
     machine: Machine = H200,
 ) -> Launch:
     """Describe the launch of a config for a routing.
@@ -90,10 +96,10 @@ def make_launch(
         num_tokens: T, at least 1.
         load_E: assignments of each expert, summing to at most T·K.
         config: how the work is cut.
-        mode: live, replay or routed.
+        route: live, given or replay.
         machine: for the number of workers.
     """
-    spec = make_spec(model, mode, config)
+    spec = spec_of(model, route, config)
     tiles = make_tiles(load_E, config.block_rows)
     workers = config.num_workers or machine.num_sms * config.workers_per_sm
     return Launch(Schedule(spec, num_tokens, len(tiles.rows_of_tile)), tiles, workers)
@@ -110,13 +116,13 @@ def predict(
     num_tokens: int,
     load_E: np.ndarray,
     config: KernelConfig,
-    mode: str = "live",
+    route: str = "live",
     machine: Machine = H200,
     heights: tuple[int, ...] = (),
     choices_in_flight: int | None = None,
 ) -> Timeline:
     """Predict a launch with roofline costs; the last two arguments as in RooflineCosts."""
-    launch = make_launch(model, num_tokens, load_E, config, mode, machine)
+    launch = make_launch(model, num_tokens, load_E, config, route, machine)
     schedule = launch.schedule
     costs = RooflineCosts(
         schedule.spec,
@@ -146,7 +152,7 @@ def search_configs(
     model: ModelShape,
     num_tokens: int,
     load_E: np.ndarray,
-    mode: str,
+    route: str,
     machine: Machine = H200,
 ) -> list[tuple[float, KernelConfig]]:
     """Walk from ``start`` to the best neighbour until none is clearly better.
@@ -156,14 +162,13 @@ def search_configs(
     """
     predicted_us: dict[KernelConfig, float] = {}
     best = start
-    with tqdm(desc="simulating", unit=" configs", leave=False) as progress:
+    with progress_bar(desc="simulating", unit=" configs") as progress:
         while True:
-            for config in [best, *neighbours(best)]:
-                if config not in predicted_us:
-                    predicted_us[config] = predict(
-                        model, num_tokens, load_E, config, mode, machine
-                    ).launch_us
-                    progress.update()
+            around = dict.fromkeys([best, *neighbours(best)])
+            for config in [one for one in around if one not in predicted_us]:
+                found = predict(model, num_tokens, load_E, config, route, machine)
+                predicted_us[config] = found.launch_us
+                progress.update()
             fastest = min(predicted_us, key=lambda config: predicted_us[config])
             if predicted_us[fastest] > LEAST_GAIN * predicted_us[best]:
                 break

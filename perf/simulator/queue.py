@@ -76,6 +76,7 @@ class Play:
         return 1e-6 * min(shared, self.machine.sm_bytes_per_s)
 
     def plan(self, time: float, event: Callable[[], None]) -> None:
+        """Let an event happen at a time, after those already planned for it."""
         heapq.heappush(self.events, (time, next(self.order), event))
 
     def claim(self, worker: int) -> None:
@@ -90,13 +91,12 @@ class Play:
 
     def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
         """Return what a worker polls for a task: for the row tables once, with its first need."""
-        schedule = self.schedule
-        tables = schedule.spec.SCATTER_DONE, schedule.token_tiles
-        waits = [wait for wait in schedule.waits(self.tasks[n]) if wait != tables]
-        if schedule.spec.replay or n < schedule.first_table_task or worker in self.has_tables:
-            return waits
-        self.has_tables.add(worker)
-        return [tables, *waits]
+        waits = self.schedule.waits(n)
+        if n >= self.schedule.first_table_task:
+            if worker in self.has_tables:
+                return waits[1:]
+            self.has_tables.add(worker)
+        return waits
 
     def ask(self, n: int, waits: Sequence[tuple[int, int]]) -> None:
         """Wait for the first counter of a list, poll it, and go on with the rest."""
@@ -119,6 +119,7 @@ class Play:
         self.plan(self.now + self.demands[n].fixed_us, lambda: self.work(n))
 
     def work(self, n: int) -> None:
+        """Let a task's steps and its bytes begin."""
         demand = self.demands[n]
         self.parts_left[n] = 1
         if demand.moved_bytes > 0:
@@ -127,6 +128,7 @@ class Play:
         self.plan(self.now + demand.steps_us, lambda: self.finish_part(n))
 
     def finish_part(self, n: int) -> None:
+        """Note that steps or bytes are done; the last of them lets the task signal."""
         self.parts_left[n] -= 1
         if self.parts_left[n]:
             return

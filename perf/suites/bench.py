@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from perf.extras import progress_bar
 from perf.measuring.measure import DEFAULT, Protocol, Timing, time_eager, time_graphs
 from perf.measuring.roofline import ASSUMED_H200, Roofs, measure_roofs
-from perf.problems.cases import Case
+from perf.problems.cases import RECORDING, Case
 from perf.problems.providers import Provider
 from perf.results.record import Row, make_row
 from perf.results.timelines import Saved
@@ -27,6 +28,8 @@ class Bench:
         deadline: ``time.monotonic()`` after which no new case starts; None for no limit.
         models: names of models to keep; empty for all.
         providers: names of providers to keep; empty for all.
+        trace: recording that the suites play besides what they make up.
+        known_roofs: of an earlier suite of the same run; None to measure when first asked.
         rows: figures so far.
         failures: what of ours was wrong.
         notes: what was skipped, and why.
@@ -39,11 +42,12 @@ class Bench:
     deadline: float | None = None
     models: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
+    trace: Path = RECORDING
+    known_roofs: Roofs | None = None
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timelines: dict[str, Saved] = field(default_factory=dict)
-    _roofs: Roofs | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -53,11 +57,11 @@ class Bench:
     @property
     def roofs(self) -> Roofs:
         """Measured once in this run on a GPU; assumed, and labelled so, without one."""
-        if self._roofs is None:
-            self._roofs = (
-                measure_roofs(self.device, self.protocol) if self.on_gpu else ASSUMED_H200
-            )
-        return self._roofs
+        if not self.on_gpu:
+            return ASSUMED_H200
+        if self.known_roofs is None:
+            self.known_roofs = measure_roofs(self.device, self.protocol)
+        return self.known_roofs
 
     @property
     def machine(self) -> Machine:
@@ -103,7 +107,7 @@ class Bench:
     def each(self, cases: Iterable[Case]) -> Iterable[Case]:
         """Yield cases with a progress bar until the time is up, and note what was left out."""
         wanted = self.keep(cases)
-        with tqdm(wanted, unit="case", leave=False) as progress:
+        with progress_bar(wanted, unit="case") as progress:
             for place, case in enumerate(progress):
                 if self.is_late:
                     self.notes.append(f"{len(wanted) - place} cases left out: time is up")

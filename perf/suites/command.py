@@ -1,4 +1,4 @@
-"""The suites by name, and the command that runs them.
+"""Run suites by name: check, time or count, and write what was found.
 
 ``python -m perf run --suite S --out DIR`` writes DIR/S.csv. Suites that need a GPU say so and are
 skipped without one. The exit status is 1 only when something of ours failed.
@@ -7,69 +7,39 @@ skipped without one. The exit status is 1 only when something of ours failed.
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from perf.arguments import TRACE_HELP
 from perf.measuring.measure import DEFAULT, QUICK
-from perf.problems.cases import SHAPES
+from perf.problems.cases import RECORDING, SHAPES, read_trace
 from perf.problems.peers import ALL_PROVIDERS
 from perf.results import record, timelines
-from perf.suites import host as suites_host
-from perf.suites import layer as suites_layer
-from perf.suites import rank as suites_rank
-from perf.suites import timeline as suites_timeline
 from perf.suites.bench import Bench
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A set of cases and what is found out about them.
-
-    Attributes:
-        run: fills the bench.
-        about: one line.
-        needs_gpu: whether its figures mean anything only on a GPU.
-    """
-
-    run: Callable[[Bench], None]
-    about: str
-    needs_gpu: bool
-
-
-SUITES = {
-    "forward": Suite(suites_layer.forward, "models x T = 1024 ... 65536, gate included", True),
-    "decode": Suite(suites_layer.decode, "T = 1 ... 256, gate included", True),
-    "replay": Suite(suites_layer.replay, "live gate, replay and given routing", True),
-    "skew": Suite(suites_layer.skew, "one T, balanced to one expert takes all", True),
-    "planner": Suite(suites_rank.planner, "seconds, imbalance, bound, bytes", False),
-    "makespan": Suite(
-        suites_rank.makespan, "slowest rank under each plan; predicted without a GPU", False
-    ),
-    "timeline": Suite(
-        suites_timeline.timeline, "times of every task, kept by the launch itself", True
-    ),
-    "host": Suite(suites_host.host, "launches, microseconds, allocations per call", False),
-    "simulate": Suite(suites_host.simulate, "predicted launch times, steps of tuning", False),
-}
-
+from perf.suites.table import SUITES
 
 NAMES = tuple(provider.name for provider in ALL_PROVIDERS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which suites run, on what, for how long, and where results go."""
     parser.add_argument("--suite", nargs="+", required=True, choices=[*SUITES, "all"])
     parser.add_argument("--out", type=Path, default=Path("out/perf"), help="folder for the CSVs")
     parser.add_argument("--quick", action="store_true", help="few small cases, few rounds")
     parser.add_argument("--model", nargs="+", default=[], choices=SHAPES, help="only these")
     parser.add_argument("--provider", nargs="+", default=[], choices=NAMES, help="only these")
+    parser.add_argument("--trace", type=Path, default=RECORDING, help=TRACE_HELP)
     parser.add_argument("--budget", type=float, help="seconds after which no new case starts")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run suites and return 0 unless something of ours failed."""
+    """Run suites and return 0 unless something of ours failed; 2 when the trace is none."""
+    try:
+        read_trace(arguments.trace)
+    except (ValueError, OSError) as error:
+        print(f"perf run: --trace must be a recording: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = list(SUITES) if "all" in arguments.suite else arguments.suite
     failures = []
@@ -81,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             time.monotonic() + arguments.budget if arguments.budget else None,
             tuple(arguments.model),
             tuple(arguments.provider),
+            arguments.trace,
         )
         failures += run_suite(name, bench, arguments.out)
     for failure in failures:

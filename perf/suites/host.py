@@ -10,21 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megakernel.launch.run
 from megakernel.config import KernelConfig
 from megakernel.tools.models import MODELS
-from perf.demo.layers import count_launches
+from perf.measuring.launches import count_launches
 from perf.measuring.measure import Timing, time_host
 from perf.measuring.roofline import useful_work
 from perf.problems.cases import TINY, Case, make_loads
 from perf.problems.peers import ALL_PROVIDERS
-from perf.problems.providers import (
-    OURS,
-    Problem,
-    live_output,
-    make_problem,
-    ours_routed,
-    prepare,
-    replay_output,
-)
-from perf.simulator.predict import LABEL, predict
+from perf.problems.providers import OURS, live_output, ours_given, replay_output
+from perf.problems.ready import prepare
+from perf.problems.tensors import Problem, make_problem
+from perf.results.record import LABEL
+from perf.simulator.predict import predict
 from perf.suites.bench import Bench
 
 ALLOCATING = ("empty", "zeros", "ones", "full", "clone", "arange", "randn")
@@ -32,7 +27,7 @@ SIMULATED_TOKENS = (64, 1024, 8192)
 FULL_CALL_OF: dict[str, Callable[[Problem], Callable[[], torch.Tensor | tuple]]] = {
     "ours live": live_output,
     "ours replay": replay_output,
-    "ours routed": ours_routed,
+    "ours given": ours_given,
 }
 
 
@@ -124,9 +119,9 @@ def simulate(bench: Bench) -> None:
     for case in bench.each(simulated_cases(bench)):
         load_E = make_loads(case)
         work = useful_work(case.model, case.num_tokens, load_E)
-        for step, (config, mode, heights, choices) in speed_plan(case).items():
+        for step, (config, route, heights, choices) in speed_plan(case).items():
             prediction = predict(
-                case.model, case.num_tokens, load_E, config, mode, bench.machine, heights, choices
+                case.model, case.num_tokens, load_E, config, route, bench.machine, heights, choices
             )
             predicted = Timing.exact(prediction.launch_us)
             bench.add("simulate", case, step, "predicted", "time", "us", predicted)
@@ -142,7 +137,7 @@ def simulated_cases(bench: Bench) -> list[Case]:
 
 
 def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...], int | None]]:
-    """Config, mode, tile heights and choices in flight after each step of the plan.
+    """Config, route, tile heights and choices in flight after each step of the plan.
 
     Each step comes on top of the one before; the kernel does all but the last. None is what the
     kernel does.
@@ -159,7 +154,7 @@ def speed_plan(case: Case) -> dict[str, tuple[KernelConfig, str, tuple[int, ...]
         "0 narrow tiles, one worker per SM": (narrow, "live", (), 1),
         "1 two workers per SM": (two_workers, "live", (), 1),
         "2 combine loads all choices at once": (two_workers, "live", (), None),
-        "3 the shipped tiles and gate": (one_group, "live", (), None),
+        "3 the shipped tiles and router": (one_group, "live", (), None),
         "4 the shipped column groups": (shipped, "live", (), None),
         "5 replay": (shipped, "replay", (), None),
         "6 tail tiles of fitting height": (shipped, "replay", short, None),

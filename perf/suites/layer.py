@@ -19,7 +19,9 @@ from perf.problems.cases import (
     why_missing,
 )
 from perf.problems.peers import ALL_PROVIDERS
-from perf.problems.providers import OURS, Provider, make_problem, prepare
+from perf.problems.providers import OURS, Provider
+from perf.problems.ready import prepare
+from perf.problems.tensors import make_problem
 from perf.simulator.predict import predict
 from perf.suites.bench import Bench
 
@@ -30,7 +32,7 @@ SKEW_TOKENS = 8192
 REPLAY_TOKENS = (1, 64, 1024, 8192)
 # Predicting a launch takes the host a second for every 50,000 tasks.
 MOST_PREDICTED_TOKENS = 8192
-MODE_OF_OURS = {"ours live": "live", "ours replay": "replay", "ours routed": "routed"}
+ROUTE_OF_OURS = {"ours live": "live", "ours replay": "replay", "ours given": "given"}
 
 
 def forward(bench: Bench) -> None:
@@ -47,7 +49,7 @@ def decode(bench: Bench) -> None:
 
 
 def replay(bench: Bench) -> None:
-    """The same work with a live gate, with replayed ids, and with the whole routing given."""
+    """The same work on the live route, with replayed ids, and with the whole routing given."""
     for case in bench.each(sweep(bench, REPLAY_TOKENS, "recorded")):
         time_providers(bench, "replay", case, OURS)
 
@@ -58,7 +60,7 @@ def skew(bench: Bench) -> None:
     num_tokens = SKEW_TOKENS if bench.on_gpu else 32
     balanced: dict[tuple, float] = {}
     for case in bench.each(
-        Case(model, num_tokens, name) for model in models for name in SCENARIOS
+        Case(model, num_tokens, name, trace=bench.trace) for model in models for name in SCENARIOS
     ):
         if reason := why_missing(case):
             bench.notes.append(f"{case.name}: skipped, {reason}")
@@ -138,12 +140,12 @@ def add_peer_ratios(
     providers: Sequence[Provider],
     timing_of: dict[tuple[str, str], Timing],
 ) -> None:
-    """Add each of our times over that of the best peer that computes the gate as well."""
-    gated_ours = {p.name for p in providers if p.is_ours and p.has_gate}
+    """Add each of our times over that of the best peer that computes the router as well."""
+    routing_ours = {p.name for p in providers if p.is_ours and p.has_router}
     peers = {p.name for p in providers if not p.is_ours}
     for (mode, name), timing in timing_of.items():
         best = [t.median for (m, peer), t in timing_of.items() if m == mode and peer in peers]
-        if name in gated_ours and best:
+        if name in routing_ours and best:
             ratio = timing.scaled(1 / min(best))
             bench.add(suite, case, name, mode, "time over best peer", "ratio", ratio)
 
@@ -158,13 +160,13 @@ def add_prediction_errors(
     """Add how far the simulator was off each measured launch of ours."""
     if not bench.on_gpu:
         return
-    for name, launch_mode in MODE_OF_OURS.items():
+    for name, route in ROUTE_OF_OURS.items():
         measured = timing_of.get(("graph", name))
         if measured is None:
             continue
         config = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
         predicted_us = predict(
-            case.model, case.num_tokens, load_E, config, launch_mode, bench.machine
+            case.model, case.num_tokens, load_E, config, route, bench.machine
         ).launch_us
         error = Timing.exact(predicted_us / measured.median - 1)
         bench.add(suite, case, name, "graph", "prediction error", "ratio", error)

@@ -11,18 +11,20 @@ import torch
 import megakernel
 from balance import Plan, Topology, Trace, make_plan
 from balance.compare.baselines import BASELINES
-from balance.compare.report import compare, measure_plan
-from balance.recorded import read as formats
+from balance.compare.report import Row, compare, measure_plan
 from balance.recorded.synthetic import SyntheticConfig, make_trace
 from megakernel.tools.models import MODELS, ModelShape
 from perf.measuring.measure import Timing
-from perf.problems.cases import GPT_OSS_20B, TRACE_PATH, Case
-from perf.problems.providers import make_weights
-from perf.simulator.predict import LABEL, predict
+from perf.problems.cases import SHAPES, Case, read_trace, sizes_of
+from perf.problems.tensors import make_weights
+from perf.results.record import LABEL
+from perf.simulator.predict import predict
 from perf.suites.bench import Bench
 
 NUM_RANKS = 8
 SPARE_SLOTS = 1
+# Of a micro-batch, where the recording is of whole sequences.
+TOKENS_OF_SUITE = {"planner": 3400, "makespan": 27200}
 ELEMENT_BYTES = 2
 CONTIGUOUS, EPLB, OURS, EVEN = "contiguous", "EPLB oracle", "our plan", "ideal even"
 BASELINE_OF = {CONTIGUOUS: "none (contiguous)", EPLB: "EPLB, oracle per micro-batch"}
@@ -32,26 +34,37 @@ def planner(bench: Bench) -> None:
     """Seconds, imbalance before and after, bound, copies and bytes of every algorithm."""
     topology = Topology(1, NUM_RANKS, SPARE_SLOTS)
     for model, scenario, trace in recordings(bench, "planner"):
-        case = Case(model, trace.num_tokens, scenario)
-        seconds = []
-        for _ in range(1 if bench.quick else 3):
-            start = perf_counter()
-            plan = make_plan(trace, topology)
-            seconds.append(perf_counter() - start)
+        case = Case(model, trace.num_tokens, scenario, trace=bench.trace)
+        plan, seconds = time_plans(trace, topology, 1 if bench.quick else 3)
         planned = measure_plan(plan, trace, 128)
         names = list(BASELINE_OF.values()) if bench.quick else list(BASELINES)
         _, rows = compare(trace.loads(), topology, planned=planned, names=names)
-        expert_bytes = 3 * ELEMENT_BYTES * model.hidden * model.intermediate
         for row in rows:
-            add = partial(add_exact, bench, "planner", case, row.name)
-            add("imbalance avg", "max/mean", row.imbalance_avg)
-            add("imbalance worst", "max/mean", row.imbalance_worst)
-            add("gap to bound", "ratio", row.gap)
-            if row.arrivals is not None:
-                add("weights moved", "MB", row.arrivals * expert_bytes * 1e-6)
+            add_method(bench, case, row)
             if row.plan_seconds is not None:
                 taken = seconds if row.name == planned.name else [row.plan_seconds]
                 bench.add("planner", case, row.name, "host", "plan time", "s", Timing.of(taken))
+
+
+def time_plans(trace: Trace, topology: Topology, repeats: int) -> tuple[Plan, list[float]]:
+    """Plan several times; return the last plan, equal to the others, and the seconds of each."""
+    seconds = []
+    for _ in range(repeats):
+        start = perf_counter()
+        plan = make_plan(trace, topology)
+        seconds.append(perf_counter() - start)
+    return plan, seconds
+
+
+def add_method(bench: Bench, case: Case, row: Row) -> None:
+    """Add what an algorithm reached, and what it moves for it."""
+    add = partial(add_exact, bench, "planner", case, row.name)
+    add("imbalance avg", "max/mean", row.imbalance_avg)
+    add("imbalance worst", "max/mean", row.imbalance_worst)
+    add("gap to bound", "ratio", row.gap)
+    if row.arrivals is not None:
+        expert_bytes = 3 * ELEMENT_BYTES * case.model.hidden * case.model.intermediate
+        add("weights moved", "MB", row.arrivals * expert_bytes * 1e-6)
 
 
 def add_exact(
@@ -62,7 +75,7 @@ def add_exact(
 
 
 def recordings(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trace]]:
-    """Yield a model and its routing: synthetic, and gpt-oss-20b's when its trace is here."""
+    """Yield a model, a scenario and its routing: made up, and that of the bench's recording."""
     model = MODELS["Qwen3-30B-A3B"]
     config = SyntheticConfig(
         num_experts=model.num_experts,
@@ -73,17 +86,27 @@ def recordings(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trac
         num_ranks=NUM_RANKS,
     )
     yield model, "synthetic", make_trace(config)
-    if bench.quick:
+    if not bench.quick:
+        yield from played(bench, suite)
+
+
+def played(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trace]]:
+    """Yield the bench's recording with the first model of its sizes; note if none has them."""
+    recorded = read_trace(bench.trace)
+    num_experts, top_k = sizes_of(recorded)
+    shape_of = {(shape.num_experts, shape.top_k): shape for shape in reversed(SHAPES.values())}
+    if (num_experts, top_k) not in shape_of:
+        bench.notes.append(
+            f"{bench.trace.name}: skipped, no model has {num_experts} experts, top-{top_k}"
+        )
         return
-    if not TRACE_PATH.exists():
-        bench.notes.append(f"gpt-oss-20b: skipped, no trace at {TRACE_PATH.name}")
-        return
-    routes = formats.read(TRACE_PATH)
-    assert isinstance(routes, formats.Routes)  # whole sequences
-    trace = routes.pack(NUM_RANKS, 3400 if suite == "planner" else 27200)
-    if suite == "makespan":
-        trace = first_layer(trace)
-    yield GPT_OSS_20B, "gpt-oss", trace
+    if isinstance(recorded, Trace):
+        trace = recorded
+    else:
+        trace = recorded.pack(NUM_RANKS, TOKENS_OF_SUITE[suite])
+    trace = trace.with_source_ranks(trace.source_rank_T % NUM_RANKS)
+    chosen = first_layer(trace) if suite == "makespan" else trace
+    yield shape_of[num_experts, top_k], "trace", chosen
 
 
 def first_layer(trace: Trace) -> Trace:
@@ -117,7 +140,7 @@ def makespan(bench: Bench) -> None:
             for method, times_R in times.items():
                 slowest_B[method].append(max(times_R))
         tokens = trace.num_tokens // trace.num_micro_batches
-        case = Case(model, tokens, scenario)
+        case = Case(model, tokens, scenario, trace=bench.trace)
         mode = "graph" if bench.on_gpu else "predicted"
         for method, slowest in slowest_B.items():
             ratios = [one / even for one, even in zip(slowest, slowest_B[EVEN], strict=True)]
@@ -221,4 +244,4 @@ def predict_rank_us(bench: Bench, model: ModelShape, rows_E: np.ndarray) -> floa
         return 0.0
     local = replace(model, num_experts=len(held_E), top_k=1)
     config = Case(local, rows).default_config
-    return predict(local, rows, held_E, config, "routed", bench.machine).launch_us
+    return predict(local, rows, held_E, config, "given", bench.machine).launch_us

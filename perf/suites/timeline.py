@@ -11,20 +11,21 @@ from functools import partial
 import torch
 
 from megakernel.launch.tuned import default_config
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.tools.models import MODELS
 from megakernel.tools.timeline import Timeline, read_timeline
 from perf.measuring.measure import Timing
 from perf.problems.cases import TINY, Case, make_loads
-from perf.problems.providers import Call, Provider, make_problem, prepare
+from perf.problems.providers import Call, Provider, configured_call
+from perf.problems.ready import prepare
+from perf.problems.tensors import make_problem
 from perf.results.record import provenance
 from perf.results.timelines import Saved
 from perf.simulator.costs import MeasuredCosts
 from perf.simulator.predict import Launch, make_launch, simulate
 from perf.suites.bench import Bench
-from perf.tune import configured_call
 
-MODES = ("live", "replay")
+ROUTES = ("live", "replay")
 TIMED_TOKENS = (8192, 64)
 TIMED_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 
@@ -32,8 +33,8 @@ TIMED_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 def timeline(bench: Bench) -> None:
     """Times of every task, what keeping them costs, and what the simulator makes of them."""
     for case in bench.each(timed_cases(bench)):
-        for mode in MODES:
-            record_launch(bench, case, mode)
+        for route in ROUTES:
+            record_launch(bench, case, route)
 
 
 def timed_cases(bench: Bench) -> list[Case]:
@@ -44,15 +45,15 @@ def timed_cases(bench: Bench) -> list[Case]:
     return [Case(MODELS[name], T, "recorded") for T in TIMED_TOKENS for name in models]
 
 
-def record_launch(bench: Bench, case: Case, mode: str) -> None:
+def record_launch(bench: Bench, case: Case, route: str) -> None:
     """Run a case with the clock and without, and keep its figures and its timeline."""
     plain = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
     timed = replace(plain, record_times=True)
     providers = [
-        Provider(name, partial(configured_call, mode=mode, config=config), is_ours=True)
+        Provider(name, partial(configured_call, route=route, config=config), is_ours=True)
         for name, config in (("without the clock", plain), ("with the clock", timed))
     ]
-    where = f"{case.name} T={case.num_tokens} {mode}"
+    where = f"{case.name} T={case.num_tokens} {route}"
     try:
         ready = prepare(make_problem(case, bench.device), providers)
         without, with_clock = (ready.calls.get(provider.name) for provider in providers)
@@ -63,36 +64,36 @@ def record_launch(bench: Bench, case: Case, mode: str) -> None:
     if without is None or with_clock is None:
         return
     if bench.on_gpu:
-        add_clock_cost(bench, case, mode, ready.calls)
+        add_clock_cost(bench, case, route, ready.calls)
     with_clock()
     times = read_timeline(bench.device)
-    add_task_times(bench, case, mode, times)
-    name = f"{case.model.name}_{case.num_tokens}_{mode}".replace(" ", "-")
-    bench.timelines[name] = make_saved(bench, case, mode, times)
+    add_task_times(bench, case, route, times)
+    name = f"{case.model.name}_{case.num_tokens}_{route}".replace(" ", "-")
+    bench.timelines[name] = make_saved(bench, case, route, times)
     if bench.on_gpu:
         measured = bench.time({"plain": without})["graph"]["plain"]
         launch = make_launch(
-            case.model, case.num_tokens, make_loads(case), plain, mode, bench.machine
+            case.model, case.num_tokens, make_loads(case), plain, route, bench.machine
         )
-        add_replayed_prediction(bench, case, mode, times, launch, measured)
+        add_replayed_prediction(bench, case, route, times, launch, measured)
 
 
-def make_saved(bench: Bench, case: Case, mode: str, times: Timeline) -> Saved:
+def make_saved(bench: Bench, case: Case, route: str, times: Timeline) -> Saved:
     """Return the timeline with what a picture must say."""
     where = provenance()
     title = (
-        f"{case.name}, T = {case.num_tokens}, {mode}\n"
+        f"{case.name}, T = {case.num_tokens}, {route}\n"
         f"{where['gpu']}, triton {where['triton']}, {where['commit']}, {where['date']}"
     )
     return Saved(title, times, "us" if bench.on_gpu else "interpreted, 1000 readings of the clock")
 
 
-def add_clock_cost(bench: Bench, case: Case, mode: str, calls: Mapping[str, Call]) -> None:
+def add_clock_cost(bench: Bench, case: Case, route: str, calls: Mapping[str, Call]) -> None:
     """Add what keeping the times does to the launch's time."""
     timing_of = bench.time(calls)["graph"]
     cost = timing_of["with the clock"].scaled(1 / timing_of["without the clock"].median)
     metric = "time with the clock over without"
-    bench.add("timeline", case, f"ours {mode}", "graph", metric, "ratio", cost)
+    bench.add("timeline", case, f"ours {route}", "graph", metric, "ratio", cost)
 
 
 def task_us(times: Timeline) -> dict[str, list[float]]:
@@ -101,7 +102,7 @@ def task_us(times: Timeline) -> dict[str, list[float]]:
     return {name: spent_N[times.kind_N == kind].tolist() for kind, name in enumerate(NAMES)}
 
 
-def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline) -> None:
+def add_task_times(bench: Bench, case: Case, route: str, times: Timeline) -> None:
     """Add the time of a task of each kind, of claims and waits, and each one's share."""
     # Interpreted times are counts of readings, which the timeline takes for nanoseconds.
     how, unit, scale = ("clock", "us", 1.0) if bench.on_gpu else ("interpreted", "readings", 1e3)
@@ -111,14 +112,14 @@ def add_task_times(bench: Bench, case: Case, mode: str, times: Timeline) -> None
     for metric, spent in spent_of.items():
         if spent:
             timing = Timing.of(spent).scaled(scale)
-            bench.add("timeline", case, f"ours {mode}", how, metric, unit, timing)
+            bench.add("timeline", case, f"ours {route}", how, metric, unit, timing)
     for name, us in times.us_of_kind().items():
         share = Timing.exact(us / times.launch_us)
-        bench.add("timeline", case, f"ours {mode}", how, f"workers in {name}", "share", share)
+        bench.add("timeline", case, f"ours {route}", how, f"workers in {name}", "share", share)
 
 
 def add_replayed_prediction(
-    bench: Bench, case: Case, mode: str, times: Timeline, launch: Launch, measured: Timing
+    bench: Bench, case: Case, route: str, times: Timeline, launch: Launch, measured: Timing
 ) -> None:
     """Add how far off the simulator is when each kind of task costs its measured mean.
 
@@ -133,7 +134,7 @@ def add_replayed_prediction(
     predicted = simulate(launch, MeasuredCosts(mean_us), bench.machine)
     error = Timing.exact(predicted.launch_us / measured.median - 1)
     metric = "prediction error, measured tasks"
-    bench.add("timeline", case, f"ours {mode}", "predicted", metric, "ratio", error)
+    bench.add("timeline", case, f"ours {route}", "predicted", metric, "ratio", error)
     for name, us in mean_us.items():
         cost = Timing.exact(us)
-        bench.add("timeline", case, f"ours {mode}", "clock", f"{name} cost", "us", cost)
+        bench.add("timeline", case, f"ours {route}", "clock", f"{name} cost", "us", cost)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balance import Plan, PlanOptions, Topology, Trace, make_plan
-from balance.recorded.packing import pack
 from balance.recorded.synthetic import SyntheticConfig, make_counts
+from tests.balance.recorded_trace import packed_recording
 from tests.helpers.strategies import loads, topologies
-
-GPTOSS = Path(__file__).parents[2] / "../shared/traces/gptoss20b.npz"
-needs_gptoss = pytest.mark.skipif(not GPTOSS.exists(), reason="the recorded trace is not here")
 
 
 def idle_level_BL(load_BLRE, topology):
@@ -35,11 +31,11 @@ def planned(draw):
     """A batch, a machine, and options of every kind."""
     topology = draw(topologies())
     load_BLRE = draw(loads(topology.num_ranks))
-    sizes = [len(topology.ranks_of_node(n)) for n in range(topology.num_nodes)]
+    fewest = int(np.bincount(topology.node_of_R[topology.present_R]).min())
     options = PlanOptions(
         reorder=draw(st.booleans()),
         move_budget=draw(st.none() | st.integers(0, 4)),
-        cross_node_copies=draw(st.integers(0, min(2, topology.spare_slots_per_rank * min(sizes)))),
+        cross_node_copies=draw(st.integers(0, min(2, topology.spare_slots_per_rank * fewest))),
         tolerance=draw(st.sampled_from([0.0, 0.02, 0.2])),
         min_tokens_per_replica=draw(st.sampled_from([0, 5, 100])),
         tile_rows=draw(st.sampled_from([1, 1, 8])),
@@ -265,22 +261,12 @@ def test_locality_saves_travel():
     assert near.traffic().cross_node == 0
 
 
-@needs_gptoss
 class TestRecorded:
     """gpt-oss-20b: half of the batch is history, half is planned; one spare slot per rank."""
 
     @staticmethod
     def counts(order, num_ranks):
-        with np.load(GPTOSS) as file:
-            trace = pack(
-                file["ids_TLK"],
-                file["sequence_start"],
-                num_experts=int(file["num_experts"]),
-                num_ranks=num_ranks,
-                order=order,
-                domain_S=file["domain"],
-            )
-        load_BLRE = trace.counts(num_ranks)
+        load_BLRE = packed_recording(order, num_ranks).counts(num_ranks)
         return load_BLRE[len(load_BLRE) // 2 :]
 
     @pytest.mark.parametrize("order", ["shuffled", "domain"])

@@ -20,15 +20,15 @@ from balance.topology import Topology
 def test_layout(topology, num_experts, slots_per_rank, home_rank_E):
     assert topology.slots_per_rank(num_experts) == slots_per_rank
     assert topology.contiguous_home_rank_E(num_experts).tolist() == home_rank_E
-    expert_of_P = topology.contiguous_expert_of_P(num_experts)
-    slot_E = np.array([np.flatnonzero(expert_of_P == e).item() for e in range(num_experts)])
-    assert (topology.rank_of_P(num_experts)[slot_E] == home_rank_E).all()
-    assert not topology.is_spare_P(num_experts)[slot_E].any()
+    homes_of_R = np.bincount(home_rank_E, minlength=topology.num_ranks)
+    is_home_P = ~topology.is_spare_P(num_experts)
+    slots_of_R = np.bincount(topology.rank_of_P(num_experts)[is_home_P])
+    assert (homes_of_R <= slots_of_R).all() and (slots_of_R == slots_of_R[0]).all()
 
 
 def test_layout_of_the_docstring():
     topology = Topology(num_nodes=1, ranks_per_node=2, spare_slots_per_rank=1)
-    assert topology.contiguous_expert_of_P(5).tolist() == [0, 1, 2, -1, 3, 4, -1, -1]
+    assert topology.rank_of_P(5).tolist() == [0] * 4 + [1] * 4
     assert topology.is_spare_P(5).tolist() == [False] * 3 + [True] + [False] * 3 + [True]
 
 
@@ -36,7 +36,7 @@ def test_nodes_and_speeds():
     topology = Topology(2, (1, 3), rank_speed=(1, 2, 1, 1), missing_ranks=[3])
     assert topology.num_ranks == 4
     assert topology.node_of_R.tolist() == [0, 1, 1, 1]
-    assert topology.ranks_of_node(1).tolist() == [1, 2]
+    assert topology.present_R.tolist() == [True, True, True, False]
     assert topology.speed_R.tolist() == [1, 2, 1, 0]
 
 

@@ -1,5 +1,7 @@
 """A trace counts every recorded assignment once, and nothing else."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -176,6 +178,6 @@ def test_too_few_ranks_and_unknown_micro_batches_are_refused():
 
 def test_moving_tokens_to_other_ranks_leaves_the_loads():
     trace = make()
-    moved = trace.with_source_ranks(np.zeros(6, int))
+    moved = dataclasses.replace(trace, source_rank_T=np.zeros(6, int))
     np.testing.assert_array_equal(moved.loads(), trace.loads())
     assert moved.num_source_ranks == 1 and moved.label == trace.label

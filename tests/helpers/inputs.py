@@ -7,7 +7,7 @@ from torch import Tensor
 
 import reference
 from megakernel import Experts, KernelConfig, MoEOutput, Router, moe
-from megakernel.launch.workspace import _workspaces
+from megakernel.launch.workspace import fill_all_scratch
 from tests.helpers.cases import Case
 
 # Small tiles, so that small problems have many tasks.
@@ -69,8 +69,7 @@ def run(inputs: Inputs, **options: object) -> MoEOutput:
 
 def poison_scratch() -> None:
     """Fill all scratch with NaN (as integers -1), so that a launch reads only what it wrote."""
-    for workspace in _workspaces.values():
-        workspace.arena.fill_(0xFF)
+    fill_all_scratch(0xFF)
 
 
 def truth(inputs: Inputs, expert_of_TK: Tensor, renormalize: bool = True) -> Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from megakernel.tools.compile_cases import compile_cases
 from perf import gpu
 from perf.measuring.measure import QUICK
-from perf.suites.command import SUITES
+from perf.suites.table import SUITES
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """What every baseline is given and what it answers, layer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from balance.topology import Topology
 class Served:
     """How one layer's load is served, micro-batch by micro-batch.
 
-    Args:
+    Attributes:
         load_BER: assignments of each expert that each rank serves, float64; fractional where the
             method divides evenly.
         copies_B: copies in use beyond one per expert.

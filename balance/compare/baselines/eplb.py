@@ -5,8 +5,6 @@ knows one load per expert, no micro-batches, fills every slot, and may put two c
 on one rank.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import (
@@ -41,13 +39,14 @@ def eplb(
         ValueError: on a count that does not divide, too few slots, or a bad load.
     """
     load_E = np.asarray(load_E, np.float64)
-    _check(load_E, num_slots, num_groups, num_nodes, num_ranks)
+    _check_sizes(load_E, num_slots, num_groups, num_nodes, num_ranks)
     if num_groups % num_nodes:
         num_groups, num_nodes = 1, 1
     num_experts = len(load_E)
-    group_EG = np.arange(num_experts).reshape(num_groups, -1)
-    node_of_G, place_of_G = pack_evenly(load_E[group_EG].sum(1), num_nodes)
-    expert_of_NX = group_EG[np.lexsort((place_of_G, node_of_G))].reshape(num_nodes, -1)
+    experts_of_group = np.arange(num_experts).reshape(num_groups, -1)
+    node_of_group, place_of_group = pack_evenly(load_E[experts_of_group].sum(1), num_nodes)
+    order = np.lexsort((place_of_group, node_of_group))
+    expert_of_NX = experts_of_group[order].reshape(num_nodes, -1)
     slots, ranks = num_slots // num_nodes, num_ranks // num_nodes
     return np.concatenate([_fill_node(load_E, own_X, slots, ranks) for own_X in expert_of_NX])
 
@@ -67,12 +66,12 @@ def replicate_hottest(load_X: np.ndarray, num_copies: int) -> np.ndarray:
 def eplb_per_batch(load_BE: np.ndarray, topology: Topology) -> Served:
     """One placement for the batch, from its true total load (an oracle a server does not have)."""
     copies_ER = place(load_BE.sum(0), topology)
-    return _serve(load_BE, [copies_ER] * len(load_BE), topology)
+    return _divide(load_BE, [copies_ER] * len(load_BE), topology)
 
 
 def eplb_per_micro_batch(load_BE: np.ndarray, topology: Topology) -> Served:
     """A new placement for every micro-batch from its true load; every expert may move."""
-    return _serve(load_BE, [place(load_E, topology) for load_E in load_BE], topology)
+    return _divide(load_BE, [place(load_E, topology) for load_E in load_BE], topology)
 
 
 def eplb_from_past(load_BE: np.ndarray, topology: Topology) -> Served:
@@ -81,7 +80,7 @@ def eplb_from_past(load_BE: np.ndarray, topology: Topology) -> Served:
     for b in range(1, len(load_BE)):
         replan = b % _REPLAN_EVERY == 0
         copies.append(place(load_BE[:b].sum(0), topology) if replan else copies[-1])
-    return _serve(load_BE, copies[: len(load_BE)], topology)
+    return _divide(load_BE, copies[: len(load_BE)], topology)
 
 
 def place(load_E: np.ndarray, topology: Topology) -> np.ndarray:
@@ -95,7 +94,8 @@ def place(load_E: np.ndarray, topology: Topology) -> np.ndarray:
     return copies_ER
 
 
-def _serve(load_BE: np.ndarray, copies_of_B: list[np.ndarray], topology: Topology) -> Served:
+def _divide(load_BE: np.ndarray, copies_of_B: list[np.ndarray], topology: Topology) -> Served:
+    """Every micro-batch divided evenly over the copies_ER of its own placement."""
     before_ER = contiguous_ER(topology, load_BE.shape[1])
     num_copies, arrivals, loads = [], [], []
     for load_E, copies_ER in zip(load_BE, copies_of_B, strict=True):
@@ -120,9 +120,10 @@ def _fill_node(
     return expert_of_slot
 
 
-def _check(
+def _check_sizes(
     load_E: np.ndarray, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> None:
+    """Refuse what ``eplb`` cannot place."""
     if not (np.isfinite(load_E).all() and (load_E >= 0).all()):
         raise ValueError(f"load_E must be finite and not negative, got {load_E.tolist()}")
     if num_slots < len(load_E) or num_slots % num_ranks:

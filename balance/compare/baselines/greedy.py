@@ -3,8 +3,6 @@
 Both methods keep copies inside the node of the home, as the planner does for a micro-batch.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, at_home
@@ -50,6 +48,7 @@ def spill(load_BE: np.ndarray, topology: Topology) -> Served:
 
 
 def _extra_copies(load_BER: np.ndarray, home_rank_E: np.ndarray) -> np.ndarray:
+    """copies_B: ranks other than the home that serve some of an expert."""
     used_BER = load_BER > 0
     used_BER[:, np.arange(len(home_rank_E)), home_rank_E] = False
     return used_BER.sum((1, 2))
@@ -114,6 +113,7 @@ def _export_expert(
 
 
 def _spill_one(load_E: np.ndarray, home_rank_E: np.ndarray, topology: Topology) -> np.ndarray:
+    """load_ER of one micro-batch."""
     speed_R = topology.speed_R
     load_ER = np.zeros((len(load_E), len(speed_R)))
     placed_R = np.bincount(home_rank_E, weights=load_E, minlength=len(speed_R))

@@ -4,8 +4,6 @@ DeepSeek's LPLB copies experts along a fixed graph of ranks. Here the copies are
 batch's true loads, which is the stronger start; the program and its optimum are the same.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, contiguous_ER, num_arrivals
@@ -40,37 +38,32 @@ def split(load_E: np.ndarray, holds_ER: np.ndarray, speed_R: np.ndarray) -> np.n
     total = load_E.sum()
     if total == 0:
         return np.zeros(holds_ER.shape)
-    expert_V, rank_V = np.nonzero(holds_ER)
-    num_variables = len(expert_V)
+    # One variable for each expert on each rank that holds it, and the time t last.
+    expert_of_variable, rank_of_variable = np.nonzero(holds_ER)
+    num_variables = len(expert_of_variable)
     present = np.flatnonzero(speed_R > 0)
     row_of_R = np.full(len(speed_R), -1)
     row_of_R[present] = np.arange(len(present))
-    column_V = np.arange(num_variables)
+    columns = np.arange(num_variables)
     limit = csr_array(
         (
             np.concatenate([np.ones(num_variables), -speed_R[present]]),
             (
-                np.concatenate([row_of_R[rank_V], np.arange(len(present))]),
-                np.concatenate([column_V, np.full(len(present), num_variables)]),
+                np.concatenate([row_of_R[rank_of_variable], np.arange(len(present))]),
+                np.concatenate([columns, np.full(len(present), num_variables)]),
             ),
         ),
         shape=(len(present), num_variables + 1),
     )
     conserve = csr_array(
-        (np.ones(num_variables), (expert_V, column_V)), shape=(len(load_E), num_variables + 1)
+        (np.ones(num_variables), (expert_of_variable, columns)),
+        shape=(len(load_E), num_variables + 1),
     )
-    cost = np.zeros(num_variables + 1)
-    cost[-1] = 1.0
-    solution = linprog(
-        cost,
-        A_ub=limit,
-        b_ub=np.zeros(len(present)),
-        A_eq=conserve,
-        b_eq=load_E / total,
-        method="highs",
-    )
+    time = np.append(np.zeros(num_variables), 1.0)
+    nothing = np.zeros(len(present))
+    solution = linprog(time, limit, nothing, conserve, load_E / total, method="highs")
     if solution.status != 0:
         raise RuntimeError(f"HiGHS did not solve the split: {solution.message}")
     load_ER = np.zeros(holds_ER.shape)
-    load_ER[expert_V, rank_V] = solution.x[:-1] * total
+    load_ER[expert_of_variable, rank_of_variable] = solution.x[:-1] * total
     return load_ER

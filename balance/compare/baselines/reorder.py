@@ -1,7 +1,5 @@
 """Whole experts on the move: per micro-batch (FEPLB-like) or per batch (ReLibra-like)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from balance.compare.baselines.common import Served, at_home, num_arrivals
@@ -40,12 +38,12 @@ def anneal_and_copy(load_BE: np.ndarray, topology: Topology) -> Served:
     """
     num_experts = load_BE.shape[1]
     home_rank_E = topology.contiguous_home_rank_E(num_experts)
-    group_of_R = topology.node_of_R if topology.num_nodes > 1 else np.arange(topology.num_ranks)
-    group_E = anneal(load_BE, group_of_R[home_rank_E], np.bincount(group_of_R, topology.speed_R))
+    place_of_R = topology.node_of_R if topology.num_nodes > 1 else np.arange(topology.num_ranks)
+    place_E = anneal(load_BE, place_of_R[home_rank_E], np.bincount(place_of_R, topology.speed_R))
     if topology.num_nodes > 1:
-        home_rank_E = _ranks_in_nodes(load_BE.sum(0), group_E, home_rank_E, topology)
+        home_rank_E = _ranks_in_nodes(load_BE.sum(0), place_E, home_rank_E, topology)
     else:
-        home_rank_E = group_E
+        home_rank_E = place_E
     served = copy_greedily(load_BE, home_rank_E, topology)
     start_E = topology.contiguous_home_rank_E(num_experts)
     ones = np.ones((1, num_experts))
@@ -58,49 +56,51 @@ def anneal_and_copy(load_BE: np.ndarray, topology: Topology) -> Served:
     return Served(served.load_BER, served.copies_B, arrivals_B)
 
 
-def anneal(load_BE: np.ndarray, group_E: np.ndarray, speed_G: np.ndarray) -> np.ndarray:
-    """group_E after swaps that lower the sum over micro-batches of the p-norm of group times.
+def anneal(load_BE: np.ndarray, place_E: np.ndarray, speed_G: np.ndarray) -> np.ndarray:
+    """place_E after swaps that lower the sum over micro-batches of the p-norm of place times.
 
     Args:
         load_BE: loads.
-        group_E: group of each expert at the start; how many experts a group has never changes.
-        speed_G: capacity of each group; groups of capacity 0 must be empty.
+        place_E: place (a node, or a rank) of each expert at the start; how many experts a place
+            has never changes.
+        speed_G: capacity of each place; places of capacity 0 must be empty.
     """
-    groups = np.flatnonzero(np.bincount(group_E, minlength=len(speed_G)))
-    if len(groups) < 2 or not load_BE.sum():
-        return group_E
+    places = np.flatnonzero(np.bincount(place_E, minlength=len(speed_G)))
+    if len(places) < 2 or not load_BE.sum():
+        return place_E
     rng = np.random.default_rng(0)
-    group_E = group_E.copy()
+    place_E = place_E.copy()
     scale_G = np.divide(1.0, speed_G, out=np.zeros_like(speed_G), where=speed_G > 0)
     scale_G *= speed_G.sum() * len(load_BE) / load_BE.sum()
     load_EB = np.ascontiguousarray(load_BE.T)
     time_GB = np.zeros((len(speed_G), len(load_BE)))
-    np.add.at(time_GB, group_E, load_EB * scale_G[group_E][:, None])
-    cost_B = _smooth_max(time_GB)
-    best, best_E, cost = cost_B.sum(), group_E.copy(), cost_B.sum()
+    np.add.at(time_GB, place_E, load_EB * scale_G[place_E][:, None])
+    cost_B = _p_norm(time_GB)
+    best, best_E, cost = cost_B.sum(), place_E.copy(), cost_B.sum()
     heat = np.geomspace(*_ANNEAL_HEAT, _ANNEAL_STEPS) * len(load_BE)
-    draws = rng.integers(len(group_E), size=(_ANNEAL_STEPS, 2))
+    draws = rng.integers(len(place_E), size=(_ANNEAL_STEPS, 2))
     accept = -np.log(rng.random(_ANNEAL_STEPS))
     for step, (one, other) in enumerate(draws):
-        here, there = group_E[one], group_E[other]
+        here, there = place_E[one], place_E[other]
         if here == there:
             continue
         delta_B = load_EB[other] - load_EB[one]
         trial_GB = time_GB.copy()
         trial_GB[here] += delta_B * scale_G[here]
         trial_GB[there] -= delta_B * scale_G[there]
-        trial = _smooth_max(trial_GB).sum()
+        trial = _p_norm(trial_GB).sum()
         if trial - cost > heat[step] * accept[step]:
             continue
         time_GB, cost = trial_GB, trial
-        group_E[one], group_E[other] = there, here
+        place_E[one], place_E[other] = there, here
         if cost < best:
-            best, best_E = cost, group_E.copy()
+            best, best_E = cost, place_E.copy()
     return best_E
 
 
-def _smooth_max(time_GB: np.ndarray) -> np.ndarray:
-    # Rounding may leave -1e-17 where a group has no load.
+def _p_norm(time_GB: np.ndarray) -> np.ndarray:
+    """Smooth stand-in for the slowest place's time, for each micro-batch."""
+    # Rounding may leave -1e-17 where a place has no load.
     return (time_GB.clip(min=0) ** _SMOOTHNESS).sum(0) ** (1 / _SMOOTHNESS)
 
 
@@ -153,5 +153,6 @@ def _migrate_one(load_E: np.ndarray, home_rank_E: np.ndarray, topology: Topology
 
 
 def _slowest(load_ER: np.ndarray, topology: Topology) -> float:
+    """Time of the slowest present rank."""
     present_R = topology.present_R
     return float((load_ER.sum(0)[present_R] / topology.speed_R[present_R]).max())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from balance.compare import plots, report
-from balance.compare.baselines import run_baseline
+from balance.compare.baselines.run import run_baseline
 from balance.recorded.synthetic import SyntheticConfig, make_trace
 from balance.topology import Topology
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from balance.compare import report
-from balance.compare.baselines import BASELINES, Outcome
+from balance.compare import report, text
+from balance.compare.baselines.run import BASELINES, Outcome
 from balance.planner import make_plan
 from balance.recorded.synthetic import SyntheticConfig, make_trace
 from balance.topology import Topology
@@ -39,14 +39,14 @@ def test_uniform_routing_is_not_worth_balancing():
     assert [at.num_ranks for at in stats.ranks] == [4, 8], "64 ranks cannot share 16 experts"
     assert all(at.imbalance_worst == 1.0 and not at.worth_it for at in stats.ranks)
     assert (stats.gini, stats.max_violation) == (0.0, 0.0)
-    assert "gains too little" in report.format_stats(stats)
+    assert "gains too little" in text.format_stats(stats)
 
 
 def test_one_hot_routing_is_worth_balancing():
     stats = report.trace_stats(one_choice([5] * 10, 16), [8])
     assert stats.ranks[0].slowdown == 8.0 and stats.ranks[0].worth_it
     assert stats.gini == pytest.approx(15 / 16) and stats.max_violation == 15.0
-    assert "is worth it" in report.format_stats(stats)
+    assert "is worth it" in text.format_stats(stats)
 
 
 def test_micro_batches_that_differ_show_only_in_their_own_slowdown():
@@ -61,8 +61,8 @@ def test_missing_masked_and_all_zero_are_said():
     trace = Trace(ids_TLK, [0, 0, 0], [0, 0, 0], 4, row_mask_T=mask)
     stats = report.trace_stats(trace, [2])
     assert (stats.num_missing, stats.num_masked_rows, stats.all_zero_layers) == (1, 1, (0,))
-    text = report.format_stats(stats)
-    assert "1 masked tokens, 1 missing ids" in text and "every id is 0 in layers [0]" in text
+    shown = text.format_stats(stats)
+    assert "1 masked tokens, 1 missing ids" in shown and "every id is 0 in layers [0]" in shown
 
 
 @pytest.mark.parametrize("num_experts", [4, 7, 8])
@@ -110,7 +110,7 @@ def test_plan_is_measured_from_its_own_assignment_and_leads_the_table():
     ours, bound = rows[-2], rows[-1]
     assert ours.imbalance_avg == min(row.imbalance_avg for row in rows[:-1])
     assert all(row.imbalance_avg >= bound.imbalance_avg - 1e-12 for row in rows)
-    table = report.format_rows(rows)
+    table = text.format_rows(rows)
     assert (
         table.count("\n") == len(rows) + 1
         and len({line.count("|") for line in table.split("\n")}) == 1

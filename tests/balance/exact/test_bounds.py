@@ -57,25 +57,25 @@ def test_never_above_the_best_of_all_placements(seed, num_ranks, num_experts, sp
     home_1X = torch.from_numpy(rng.integers(0, num_ranks, (1, num_experts)))
     speed_D = torch.from_numpy(rng.choice([1.0, 2.0], num_ranks))
     slots_1D = torch.full((1, num_ranks), spares)
-    rank_of_S = torch.arange(num_ranks).repeat_interleave(spares)
-    contents = list(itertools.product(range(-1, num_experts), repeat=len(rank_of_S)))
-    every_NS = torch.tensor(contents, dtype=torch.int64).reshape(len(contents), len(rank_of_S))
-    every_NS = torch.where(home_1X[0][every_NS.clamp(min=0)] == rank_of_S, -1, every_NS)
-    level_N, _ = split.bottleneck(
-        load_1X.expand(len(every_NS), -1),
-        home_1X.expand(len(every_NS), -1),
-        every_NS,
-        rank_of_S,
+    rank_of_J = torch.arange(num_ranks).repeat_interleave(spares)
+    contents = list(itertools.product(range(-1, num_experts), repeat=len(rank_of_J)))
+    every_FJ = torch.tensor(contents, dtype=torch.int64).reshape(len(contents), len(rank_of_J))
+    every_FJ = torch.where(home_1X[0][every_FJ.clamp(min=0)] == rank_of_J, -1, every_FJ)
+    level_F, _ = split.bottleneck(
+        load_1X.expand(len(every_FJ), -1),
+        home_1X.expand(len(every_FJ), -1),
+        every_FJ,
+        rank_of_J,
         speed_D,
     )
     bound = bounds.slot_level(load_1X, home_1X, slots_1D, speed_D).item()
-    assert bound <= level_N.min().item() + 1e-9
+    assert bound <= level_F.min().item() + 1e-9
 
 
 def test_node_level_is_the_load_that_cannot_leave():
     # Node 0 owns 6 + 4, node 1 owns 2; the copy of the 6 on node 1 levels them.
     load_1E, node_1E = torch.tensor([[6, 4, 2]]), torch.tensor([[0, 0, 1]])
-    node_of_S, speeds = torch.tensor([1]), torch.tensor([2.0, 2.0], dtype=torch.float64)
+    node_of_J, speeds = torch.tensor([1]), torch.tensor([2.0, 2.0], dtype=torch.float64)
     for copy, level in ((-1, 5.0), (0, 3.0), (1, 3.0)):
-        found = bounds.node_level(load_1E, node_1E, torch.tensor([[copy]]), node_of_S, speeds)
+        found = bounds.node_level(load_1E, node_1E, torch.tensor([[copy]]), node_of_J, speeds)
         assert found.item() == level

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from balance import Topology, make_plan
 from balance.recorded.synthetic import SyntheticConfig, make_counts
 from balance.steps.across_nodes import Splits, level_across_nodes
-from balance.steps.homes import Present
+from balance.steps.copies import Search
+from balance.steps.present import Present
 
 
-def untouched(rows, splits, divided_NEn):
+def untouched(rows, splits, divided_FEN):
     """Chooses no other copies."""
-    assert (divided_NEn.sum(2) == splits.unit_NE).all(), "every unit has a node"
+    assert (divided_FEN.sum(2) == splits.unit_FE).all(), "every unit has a node"
     return splits
 
 
@@ -33,27 +34,27 @@ def one_problem(topology, load_E, rank_E, static_M):
 def test_a_batch_static_copy_levels_two_nodes():
     # Rank 0 of node 0 has all the load, and its expert a copy on rank 2 of node 1.
     splits, present = one_problem(Topology(2, 2), [90, 10, 0, 0], [0, 1, 2, 3], [-1, -1, 0, -1])
-    bound_N = np.array([25.0])
-    level_across_nodes(splits, bound_N, 0.0, present, 1, untouched)
-    assert splits.level_N(present) == [45.0]
-    assert splits.home_unit_NE.tolist() == [[45, 10, 0, 0]]
-    assert splits.spare_unit_NM.tolist() == [[0, 0, 45, 0]]
+    bound_F = np.array([25.0])
+    level_across_nodes(splits, bound_F, Search(tolerance=0.0), present, untouched)
+    assert splits.level_F(present) == [45.0]
+    assert splits.home_unit_FE.tolist() == [[45, 10, 0, 0]]
+    assert splits.spare_unit_FM.tolist() == [[0, 0, 45, 0]]
 
 
 def test_the_bound_knows_which_ranks_cannot_receive():
     # Rank 0 keeps its only spare slot for an expert without load, so it serves 4 of the 100.
     splits, present = one_problem(Topology(2, 2), [4, 90, 3, 3], [0, 1, 2, 3], [2, -1, 1, -1])
-    bound_N = np.array([25.0])
-    level_across_nodes(splits, bound_N, 0.0, present, 1, untouched)
-    assert bound_N[0] == pytest.approx((100 - 4 - 3) / 3)
+    bound_F = np.array([25.0])
+    level_across_nodes(splits, bound_F, Search(tolerance=0.0), present, untouched)
+    assert bound_F[0] == pytest.approx((100 - 4 - 3) / 3)
 
 
 def test_small_copies_are_taken_out():
     splits, present = one_problem(Topology(1, 2), [9, 1], [0, 1], [-1, -1])
-    splits.copy_NM[0, 1], splits.home_unit_NE[0, 0], splits.spare_unit_NM[0, 1] = 0, 8, 1
-    level_across_nodes(splits, np.array([5.0]), 0.0, present, 5, untouched)
-    assert splits.copy_NM.tolist() == [[-1, 0]], "kept: no level may rise"
-    assert splits.level_N(present) == [8.0]
+    splits.copy_FM[0, 1], splits.home_unit_FE[0, 0], splits.spare_unit_FM[0, 1] = 0, 8, 1
+    level_across_nodes(splits, np.array([5.0]), Search(0.0, min_load=5), present, untouched)
+    assert splits.copy_FM.tolist() == [[-1, 0]], "kept: no level may rise"
+    assert splits.level_F(present) == [8.0]
 
 
 @given(seed=st.integers(0, 2**32 - 1), spares=st.integers(1, 2), skew=st.sampled_from([0.5, 2.0]))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balance.steps.homes import Present, longest_first, rehome, reorder_homes
+from balance.steps.homes import longest_first, rehome, reorder_homes
 from balance.topology import Topology
 from tests.helpers.strategies import topologies
 
@@ -104,9 +104,3 @@ def test_rehome_fills_the_emptier_node_first():
 def test_rehome_says_when_nothing_fits():
     with pytest.raises(ValueError, match="previous must fit 1 home slots"):
         rehome(np.array([[0, 0]]), np.ones((1, 2)), Topology(1, 2))
-
-
-def test_rank_load():
-    present = Present.of(Topology(1, 3, missing_ranks=(1,)), 2)
-    load_BLD = present.rank_load(np.array([[[3, 4]]]), np.array([[1, 1]]))
-    assert load_BLD.tolist() == [[[0, 7]]]

@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from balance import Topology, make_plan
-from balance.steps.homes import Present
+from balance.steps.present import Present
 from balance.steps.rename_ranks import best_assignment, keep_most
 
 
 @given(size=st.integers(1, 9), high=st.integers(0, 20), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
 def test_no_assignment_gains_more(size, high, seed):
-    gain_XX = np.random.default_rng(seed).integers(-high, high + 1, (size, size))
-    column_X = best_assignment(gain_XX)
-    assert sorted(column_X) == list(range(size))
-    best = gain_XX[linear_sum_assignment(gain_XX, maximize=True)].sum()
-    assert gain_XX[np.arange(size), column_X].sum() == best
+    gain = np.random.default_rng(seed).integers(-high, high + 1, (size, size))
+    column = best_assignment(gain)
+    assert sorted(column) == list(range(size))
+    best = gain[linear_sum_assignment(gain, maximize=True)].sum()
+    assert gain[np.arange(size), column].sum() == best
 
 
 def test_equal_gains_change_nothing():

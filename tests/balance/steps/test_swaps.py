@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from balance.steps.swaps import Limits, Nearness, improve_by_swaps
+from balance.steps.nearness import Nearness
+from balance.steps.swaps import Limits, improve_by_swaps
 
 
 def cost(load_BE, rank_E, num_ranks):

@@ -21,6 +21,8 @@ from megakernel import Experts, Placement, Router, api, moe, moe_routed, prepare
 from megakernel.config import ROWS16
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch import run as launch
+from megakernel.launch.call import Call
+from megakernel.launch.workspace import Workspace
 from megakernel.plan.spec import KernelSpec
 from megakernel.tools.compile_check import Sm90
 
@@ -92,8 +94,8 @@ def main(path: str) -> None:
     api.check_call = lambda x_TH, experts: None  # it would refuse tensors of the host
     make_arguments = launch.kernel_arguments
 
-    def write_down(layer: launch.Layer, spec: KernelSpec, *rest: object) -> tuple:
-        arguments = make_arguments(layer, spec, *rest)
+    def write_down(call: Call, spec: KernelSpec, workspace: Workspace) -> tuple:
+        arguments = make_arguments(call, spec, workspace)
         every = (*arguments, CONFIG.num_workers, CONFIG.max_polls)
         warm = moe_kernel.warmup(*every, C=spec, num_warps=CONFIG.num_warps, grid=(1,))
         types = types_of_parameters(warm.asm["ptx"])

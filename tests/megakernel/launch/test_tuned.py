@@ -12,7 +12,6 @@ from megakernel.launch.tuned import (
     at_height,
     default_config,
     find_tuned,
-    merge_into_table,
     read_table,
 )
 
@@ -93,14 +92,6 @@ def test_the_default_can_be_chosen_while_torch_compile_traces(on_h200, monkeypat
         assert traced(torch.ones(num_tokens)) == expected
 
 
-def test_a_table_survives_the_file_and_new_entries_replace_old_ones(tmp_path):
-    path = tmp_path / "tuned.json"
-    merge_into_table(path, [make_entry(64), make_entry(8192)])
-    newer = make_entry(64, KernelConfig(num_workers=7))
-    merge_into_table(path, [newer])
-    assert read_table(path) == (newer, make_entry(8192))
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -119,19 +110,6 @@ def test_a_broken_table_is_refused_with_its_name(tmp_path, text):
         ValueError, match=r"tuned\.json(: entry 0 is no tuned config| must be JSON)"
     ):
         read_table(path)
-
-
-def is_measured(entry: Tuned) -> bool:
-    """Whether an entry says what was measured, and where the code of that day is found."""
-    times_us = entry.median_us.values()
-    return bool(times_us) and all(us > 0 for us in times_us) and "unknown" not in entry.commit
-
-
-def test_the_shipped_table_holds_measurements_only():
-    assert is_measured(make_entry(64))
-    assert not is_measured(replace(make_entry(64), median_us={}))
-    assert not is_measured(replace(make_entry(64), commit="unknown"))
-    assert all(is_measured(entry) for entry in tuned.TABLE)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_the_table_shows_every_figure_and_where_it_spills() -> None:
 
 def test_every_shipped_config_is_compiled_for_every_model_and_route() -> None:
     cases = {
-        (case.config_name, case.routel.name, case.route)
+        (case.config_name, case.model.name, case.route)
         for case in compile_cases()
         if case.split == "one"
     }
@@ -144,7 +144,7 @@ def test_no_two_cases_are_the_same() -> None:
 
 
 def cases_of(name: str) -> list[CompileCase]:
-    return [case for case in compile_cases() if case.routel.name == name]
+    return [case for case in compile_cases() if case.model.name == name]
 
 
 @pytest.mark.parametrize("case", cases_of("gpt-oss-120b"), ids=str)
@@ -186,14 +186,14 @@ def test_only_a_live_launch_counts_choices() -> None:
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_phase_of_each_model_has_a_compiled_default(name: str, phase: str) -> None:
-    assert any(phase in case.default_for for case in compile_cases() if case.routel.name == name)
+    assert any(phase in case.default_for for case in compile_cases() if case.model.name == name)
 
 
 def fake_compile(case: CompileCase) -> CubinReport:
     """As many registers as the model has experts; refuses to run in an interpreting process."""
     assert "TRITON_INTERPRET" not in os.environ
     wgmma = Instruction(0, "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88")
-    return CubinReport(case.routel.num_experts - 1, 0, 1000, Code((wgmma,)), ())
+    return CubinReport(case.model.num_experts - 1, 0, 1000, Code((wgmma,)), ())
 
 
 def failing_compile(case: CompileCase) -> CubinReport:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from perf.__main__ import main
+from perf.demo.files import CARD, DATA, WEIGHTS
 from perf.demo.model import DemoModel, ModelConfig, save_model
-from perf.demo.train import CARD, DATA, WEIGHTS
 
 SECTIONS = ("1. Rollouts", "2. Training side", "3. Recorded load", "4. Training-side forward")
 

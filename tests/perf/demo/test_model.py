@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
+from perf.demo.files import CARD, DATA, WEIGHTS
 from perf.demo.layers import ReferenceLayer
 from perf.demo.model import DemoModel, ModelConfig, load_model, rotate, save_model
-from perf.demo.train import CARD, DATA, WEIGHTS
 
 SMALL = ModelConfig(num_layers=2, hidden=16, num_heads=2, num_experts=5, top_k=2, intermediate=8)
 

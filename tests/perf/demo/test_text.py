@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from perf.demo import text as demo_text
 from perf.demo.text import HELD_OUT_EVERY, SHARE_OF_KIND, Windows, read_texts
 
 
@@ -29,6 +28,6 @@ def test_same_seed_same_windows():
 
 
 def test_a_missing_kind_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="lacks the modules"):
         read_texts()

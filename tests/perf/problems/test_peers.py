@@ -10,7 +10,8 @@ import torch
 import perf.problems.peers
 from perf.problems.cases import TINY, Case
 from perf.problems.peers import ALL_PROVIDERS, PEERS
-from perf.problems.providers import make_problem, prepare
+from perf.problems.ready import prepare
+from perf.problems.tensors import make_problem
 
 
 def test_importing_peers_imports_no_peer():

@@ -1,4 +1,4 @@
-"""The gate: what fails, what is noise, and what cannot be compared."""
+"""The limit: what fails, what is noise, and what cannot be compared."""
 
 import pytest
 

@@ -1,10 +1,6 @@
 """Every picture is drawn from rows that a suite could have written."""
 
-import pytest
-
-from perf.__main__ import main
 from perf.measuring.measure import Timing
-from perf.results import record
 from perf.results.record import make_row
 from perf.results.report import draw_all, format_tables
 
@@ -52,27 +48,3 @@ def test_tables_come_from_the_rows():
     text = format_tables(rows_of_all_suites())
     assert "## forward: time in us" in text
     assert "| tiny/uniform | 8 | graph | 10.8 | 20.8 |" in text
-
-
-def test_the_command_draws_results_and_a_predicted_timeline(tmp_path, capsys):
-    record.write(rows_of_all_suites(), tmp_path / "results.csv")
-    argv = ["report", str(tmp_path / "results.csv"), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--model", "tiny", "--tokens", "50"]) == 0
-    assert "timeline_live_predicted.png" in capsys.readouterr().out
-    assert (tmp_path / "out" / "timeline_replay_predicted.png").exists()
-
-
-HEADER = ",".join(record.COLUMNS)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [None, "a,b\n1,2\n", f"{HEADER}\nforward,x\n", f"{HEADER}\n{'abc,' * 15}abc\n"],
-    ids=["missing", "other-columns", "cut-off-line", "no-number"],
-)
-def test_what_is_no_result_is_refused(tmp_path, text, capsys):
-    path = tmp_path / "x.csv"
-    if text:
-        path.write_text(text)
-    assert main(["report", str(path), "--out", str(tmp_path)]) == 2
-    assert "perf report:" in capsys.readouterr().err

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from megakernel.tools.timeline import Timeline
-from perf.problems.cases import TINY, Case
-from perf.results.timelines import Saved, covered, draw_predicted, draw_saved, load, save
+from perf.results.timelines import Saved, covered, draw_saved, load, save
 
 TIMES = Timeline(
     launch_us=9.0,
-    kind_N=np.array([0, 3, 3]),
+    kind_N=np.array([0, 4, 4]),
     worker_N=np.array([0, 1, 0]),
     ask_N=np.array([0.0, 0.0, 4.0]),
     claim_N=np.array([0.0, 0.5, 4.5]),
@@ -50,13 +49,6 @@ def test_every_saved_timeline_of_a_folder_is_drawn(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
-def test_predicted_timelines_are_named_so(tmp_path):
-    written = draw_predicted(Case(TINY, 20, "recorded"), tmp_path)
-    assert [path.stem for path in written] == [
-        "timeline_live_predicted", "timeline_replay_predicted",
-    ]  # fmt: skip
-
-
 def test_covered_counts_spans_at_once():
     start_N, end_N = np.array([0.0, 1.0]), np.array([2.0, 2.0])
     chosen_N = np.array([True, True])
@@ -65,7 +57,7 @@ def test_covered_counts_spans_at_once():
 
 def test_time_is_split_between_tasks_and_waits():
     assert TIMES.us_of_kind() == {
-        "gate": 2.0, "prefix": 0.0, "scatter": 0.0, "FFN1": 4.0, "FFN2": 0.0, "combine": 0.0,
-        "claim": 0.5, "wait": 2.0,
+        "route": 2.0, "prefix": 0.0, "scatter": 0.0, "shared FFN1": 0.0, "FFN1": 4.0,
+        "shared FFN2": 0.0, "FFN2": 0.0, "combine": 0.0, "claim": 0.5, "wait": 2.0,
     }  # fmt: skip
     assert TIMES.busy_share == 12 / 18

@@ -2,12 +2,11 @@
 
 import pytest
 
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from perf.__main__ import main
 from perf.measuring.measure import Timing
 from perf.results import record
-from perf.results.record import make_row, provenance
-from perf.simulator.predict import LABEL
+from perf.results.record import LABEL, make_row, provenance
 
 
 def test_the_command_labels_its_figures_and_draws(tmp_path, capsys):
@@ -22,7 +21,7 @@ def test_the_command_labels_its_figures_and_draws(tmp_path, capsys):
 def test_the_command_takes_measured_costs(tmp_path, capsys):
     costs = tmp_path / "timeline.csv"
     case = ("timeline", "tiny/recorded", "ours replay", 40, "clock")
-    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--mode", "replay"]
+    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--route", "replay"]
     predicted_us = []
     for us in (3.0, 300.0):
         cost = Timing.exact(us)
@@ -36,7 +35,7 @@ def test_the_command_takes_measured_costs(tmp_path, capsys):
 
 
 def test_the_command_searches(capsys):
-    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--mode", "replay"]
+    argv = ["simulate", "--model", "tiny", "--tokens", "40", "--route", "replay"]
     assert main([*argv, "--search", "2"]) == 0
     assert capsys.readouterr().out.count(" us predicted") == 2
 
@@ -57,7 +56,7 @@ def test_costs_of_another_case_are_refused(tmp_path, capsys):
     [
         (["--set", "colour=3"], "--set must be FIELD=N"),
         (["--set", "block_rows=7"], "block_rows must be a power of two"),
-        (["--scenario", "gpt-oss"], "the trace is of 32 experts"),
+        (["--scenario", "trace"], "the trace is of 32 experts"),
         (["--costs", "nowhere.csv"], "nowhere.csv"),
         (["--costs", "x.csv", "--set", "step=32"], "--costs must be without --config and --set"),
         (["--search", "1", "--plot", "x.png"], "--search must be without --costs and --plot"),

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 
 from megakernel.config import KernelConfig
-from megakernel.plan.schedule import NAMES, Task
+from megakernel.plan.protocol import NAMES
+from megakernel.plan.schedule import Task
 from perf.problems.cases import SHAPES, TINY
-from perf.simulator.costs import H200, MeasuredCosts, RooflineCosts
+from perf.simulator.costs import COMMON_NAMES, H200, MeasuredCosts, RooflineCosts
 from perf.simulator.predict import make_launch
 
 QWEN = SHAPES["Qwen3-30B-A3B"]
 
 
-def costs_of(model=QWEN, load_E=None, mode="live", **changes):
+def costs_of(model=QWEN, load_E=None, route="live", **changes):
     load_E = np.full(model.num_experts, 64) if load_E is None else load_E
     num_tokens = -(-int(load_E.sum()) // model.top_k)
     config = replace(KernelConfig(), **changes)
-    launch = make_launch(model, num_tokens, load_E, config, mode)
+    launch = make_launch(model, num_tokens, load_E, config, route)
     spec = launch.schedule.spec
     return launch, RooflineCosts(spec, num_tokens, launch.tiles, launch.num_workers)
 
@@ -27,14 +28,14 @@ def test_every_kind_of_task_costs_something():
     launch, costs = costs_of()
     tasks = list(launch.schedule.tasks())
     demands = costs(tasks)
-    assert {NAMES[task.kind] for task in tasks} == set(NAMES)
+    assert {NAMES[task.kind] for task in tasks} == set(COMMON_NAMES)
     assert all(demand.fixed_us + demand.steps_us > 0 for demand in demands)
 
 
 def test_a_full_tile_costs_at_least_its_product_and_its_reads():
     _, costs = costs_of(load_E=np.full(128, 128))
     task = Task(costs.spec.FFN1, 0, 0)
-    rows, columns = costs.spec.ffn1_tile
+    rows, columns = costs.spec.gate_up.acc_tile
     flops = 2 * rows * columns * 2048
     least_us = 1e6 * flops / (H200.roofs.dense_flops_per_s / costs.num_workers)
     read_us = 1e6 * (rows + columns) * 2048 * 2 / (H200.roofs.l2_bytes_per_s / costs.num_workers)
@@ -44,16 +45,16 @@ def test_a_full_tile_costs_at_least_its_product_and_its_reads():
 def test_weights_come_from_memory_once_while_they_stay_cached():
     _, costs = costs_of(load_E=np.full(128, 256))
     first, again = (costs.demand(Task(costs.spec.FFN1, tile, 0)) for tile in (0, 1))
-    weight_bytes = costs.spec.ffn1_tile[1] * 2048 * 2
+    weight_bytes = costs.spec.gate_up.acc_tile[1] * 2048 * 2
     assert first.moved_bytes - again.moved_bytes == weight_bytes
 
 
 def test_weights_come_from_memory_again_after_a_cache_full_of_others():
     _, costs = costs_of()
-    costs._read(("up", 0, 0), 1.0)
-    costs._write(("h", 0), H200.cache_bytes + 1)
-    assert costs._read(("up", 0, 0), 1.0) == 1.0
-    assert costs._read(("up", 0, 0), 1.0) == 0.0
+    costs.read(("up", 0, 0), 1.0)
+    costs.write(("h", 0), H200.cache_bytes + 1)
+    assert costs.read(("up", 0, 0), 1.0) == 1.0
+    assert costs.read(("up", 0, 0), 1.0) == 0.0
 
 
 def test_a_tile_of_fitting_height_costs_its_own_product():
@@ -62,7 +63,7 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
     roofs = replace(H200.roofs, l2_bytes_per_s=1e15)
     machine = replace(H200, roofs=roofs, latency_us=0.0, sm_bytes_per_s=1e15)
     tall, fitting = (
-        replace(costs, machine=machine, heights=heights)._gemm(64, 256, 2048, 0, 0, 132).steps_us
+        replace(costs, machine=machine, heights=heights).gemm(64, 256, 2048, 0, 0, 132).steps_us
         for heights in ((128,), (16, 32, 64, 128))
     )
     assert fitting == pytest.approx(tall / 2)
@@ -71,8 +72,8 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
 def test_loading_all_choices_at_once_makes_a_combine_shorter():
     _, costs = costs_of()
     one_by_one = replace(costs, choices_in_flight=1)
-    assert one_by_one._combine().steps_us == 4 * 8 * 2 * H200.latency_us
-    assert costs._combine().steps_us < one_by_one._combine().steps_us / 4
+    assert one_by_one.combine().steps_us == 4 * 8 * 2 * H200.latency_us
+    assert costs.combine().steps_us < one_by_one.combine().steps_us / 4
 
 
 @pytest.mark.parametrize(
@@ -83,23 +84,23 @@ def test_loading_all_choices_at_once_makes_a_combine_shorter():
 def test_a_combine_loads_as_many_choices_at_once_as_the_kernel(top_k, rounds):
     model = replace(QWEN, top_k=top_k)
     _, costs = costs_of(model, np.full(128, 1))  # so few tokens that only latency counts
-    assert costs._combine().steps_us == pytest.approx(4 * rounds * 2 * H200.latency_us)
+    assert costs.combine().steps_us == pytest.approx(4 * rounds * 2 * H200.latency_us)
 
 
 def test_more_stages_hide_more_of_the_gates_latency():
     (_, two), (_, three) = (costs_of(num_stages=stages) for stages in (2, 3))
-    assert three._gate() < two._gate()
+    assert three.route_us() < two.route_us()
 
 
 def test_a_replayed_gate_selects_nothing_and_costs_less():
-    (_, live), (_, replay), (_, routed) = (costs_of(mode=m) for m in ("live", "replay", "routed"))
-    assert live._gate() > replay._gate() > routed._gate()
+    (_, live), (_, replay), (_, given) = (costs_of(route=r) for r in ("live", "replay", "given"))
+    assert live.route_us() > replay.route_us() > given.route_us()
 
 
 def test_measured_costs_are_looked_up_by_kind():
-    costs = MeasuredCosts(dict(zip(NAMES, range(1, 7), strict=True)))
-    demands = costs([Task(kind, 0) for kind in range(6)])
-    assert [demand.fixed_us for demand in demands] == [1, 2, 3, 4, 5, 6]
+    costs = MeasuredCosts({name: float(us) for us, name in enumerate(NAMES, start=1)})
+    demands = costs([Task(kind, 0) for kind in range(len(NAMES))])
+    assert [demand.fixed_us for demand in demands] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_measured_costs_must_know_every_kind():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.config import SHIPPED, KernelConfig, why_illegal
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from perf.problems.cases import SHAPES, TINY, Case, make_loads
 from perf.simulator.costs import H200, MeasuredCosts
 from perf.simulator.predict import (
@@ -32,14 +32,14 @@ def constant_costs(us=2.0):
     num_tokens=st.integers(1, 70),
     workers=st.integers(1, 40),
     groups=st.integers(1, 4),
-    mode=st.sampled_from(["live", "replay", "routed"]),
+    route=st.sampled_from(["live", "replay", "given"]),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=25, deadline=None)
-def test_no_task_starts_before_what_it_waits_for(num_tokens, workers, groups, mode, seed):
+def test_no_task_starts_before_what_it_waits_for(num_tokens, workers, groups, route, seed):
     case = Case(TINY, num_tokens, "zipf", seed)
     config = replace(SMALL, num_workers=workers, column_groups=groups)
-    launch = make_launch(TINY, num_tokens, make_loads(case), config, mode)
+    launch = make_launch(TINY, num_tokens, make_loads(case), config, route)
     schedule = launch.schedule
     found = simulate(launch, constant_costs())
     signals: dict[int, list[float]] = {}
@@ -91,8 +91,8 @@ def test_replay_is_predicted_faster_than_a_live_gate():
     model = SHAPES["OLMoE"]
     load_E = make_loads(Case(model, 512, "recorded"))
     live, replay = (
-        predict(model, 512, load_E, SHIPPED["rows64"], mode).launch_us
-        for mode in ("live", "replay")
+        predict(model, 512, load_E, SHIPPED["rows64"], route).launch_us
+        for route in ("live", "replay")
     )
     assert replay < live
 

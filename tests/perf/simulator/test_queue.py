@@ -57,15 +57,15 @@ def test_times_by_hand(demands, num_workers, ends):
 @given(
     num_tokens=st.integers(1, 200),
     workers=st.integers(1, 40),
-    mode=st.sampled_from(["live", "replay", "routed"]),
+    route=st.sampled_from(["live", "replay", "given"]),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=25, deadline=None)
-def test_no_launch_beats_the_memory_or_its_workers(num_tokens, workers, mode, seed):
+def test_no_launch_beats_the_memory_or_its_workers(num_tokens, workers, route, seed):
     """What a model of shared bandwidth must never do: hand out more than there is."""
     launch = make_launch(
         TINY, num_tokens, make_loads(Case(TINY, num_tokens, "zipf", seed)),
-        replace(CONFIG, num_workers=workers), mode,
+        replace(CONFIG, num_workers=workers), route,
     )  # fmt: skip
     tasks = list(launch.schedule.tasks())
     random = np.random.default_rng(seed)

@@ -13,7 +13,8 @@ from balance import Topology, make_plan
 from balance.recorded.synthetic import SyntheticConfig, make_trace
 from megakernel import prepare_replay
 from perf.problems.cases import SHAPES, TINY, Case, make_ids
-from perf.problems.providers import OURS, make_problem
+from perf.problems.providers import OURS
+from perf.problems.tensors import make_problem
 from perf.suites.host import NoKernel
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import pytest
 from perf.__main__ import main
 from perf.results import record
 from perf.suites.bench import Bench
-from perf.suites.command import SUITES, Suite
+from perf.suites.table import SUITES, Suite
 
 NEED_GPU = [name for name, suite in SUITES.items() if suite.needs_gpu]
 
@@ -40,3 +40,14 @@ def test_a_failure_of_ours_sets_the_exit_status(without_gpu, tmp_path, monkeypat
     monkeypatch.setitem(SUITES, "planner", Suite(fails, "", False))
     assert main(["run", "--suite", "planner", "--out", str(tmp_path)]) == 1
     assert "FAILED planner: case: wrong output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [None, "no zip file"], ids=["missing", "not a recording"])
+def test_a_trace_that_is_none_is_refused(make, tmp_path, capsys):
+    path = tmp_path / "trace.npz"
+    if make:
+        path.write_text(make)
+    argv = ["run", "--suite", "planner", "--out", str(tmp_path / "out"), "--trace", str(path)]
+    assert main(argv) == 2
+    assert "perf run: --trace must be a recording: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

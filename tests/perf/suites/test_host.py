@@ -6,7 +6,8 @@ import torch
 
 from perf.measuring.measure import Protocol
 from perf.problems.cases import SHAPES, TINY, Case
-from perf.problems.providers import OURS, live_output, make_problem
+from perf.problems.providers import OURS, live_output
+from perf.problems.tensors import make_problem
 from perf.suites.bench import Bench
 from perf.suites.host import check_ours, count_allocations, host, simulate, speed_plan
 
@@ -58,5 +59,5 @@ def test_predicted_rows_say_so():
 
 def test_each_step_of_the_plan_changes_one_thing():
     steps = list(speed_plan(Case(SHAPES["OLMoE"], 8192, "recorded")).values())
-    for step, next_step in pairwise(steps):  # config, mode, heights
+    for step, next_step in pairwise(steps):  # config, route, heights
         assert sum(one != other for one, other in zip(step, next_step, strict=True)) == 1

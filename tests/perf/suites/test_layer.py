@@ -6,12 +6,9 @@ import torch
 from perf.measuring.measure import Protocol, Timing
 from perf.problems.cases import FORWARD_TOKENS, TINY, Case
 from perf.problems.providers import OURS, PLAIN, Provider
+from perf.suites import layer
 from perf.suites.bench import Bench
 from perf.suites.layer import FIRST_TOKENS, add_peer_ratios, sweep, time_providers
-from perf.suites.layer import decode as decode_suite
-from perf.suites.layer import forward as forward_suite
-from perf.suites.layer import replay as replay_suite
-from perf.suites.layer import skew as skew_suite
 
 CASE = Case(TINY, 16, "uniform")
 
@@ -20,7 +17,7 @@ def rehearsal(device="cpu"):
     return Bench(torch.device(device), quick=True, protocol=Protocol(warm_ups=0, rounds=2))
 
 
-@pytest.mark.parametrize("suite", [forward_suite, decode_suite], ids=lambda suite: suite.__name__)
+@pytest.mark.parametrize("suite", [layer.forward, layer.decode], ids=lambda suite: suite.__name__)
 def test_a_suite_times_everyone_who_is_here(suite):
     bench = rehearsal()
     suite(bench)
@@ -33,14 +30,14 @@ def test_a_suite_times_everyone_who_is_here(suite):
 
 def test_replay_is_timed_against_ours_alone():
     bench = rehearsal()
-    replay_suite(bench)
+    layer.replay(bench)
     assert {row.provider for row in bench.rows} == {provider.name for provider in OURS}
 
 
 def test_skew_relates_every_scenario_to_balanced(monkeypatch):
     monkeypatch.setattr("perf.suites.layer.ALL_PROVIDERS", PLAIN)
     bench = rehearsal()
-    skew_suite(bench)
+    layer.skew(bench)
     ratios = [row for row in bench.rows if row.metric == "time over balanced"]
     assert {row.case for row in ratios} == {
         f"tiny/{name}"
@@ -67,11 +64,11 @@ def test_a_broken_case_is_a_failure_and_not_the_end():
     assert bench.failures == ["tiny/uniform T=16: RuntimeError: boom"]
 
 
-def test_ratios_are_to_the_best_peer_and_only_where_the_gate_is_in():
+def test_ratios_are_to_the_best_peer_and_only_where_the_router_is_in():
     bench = rehearsal()
     timing_of = {
         ("eager", "ours live"): Timing.exact(30.0),
-        ("eager", "ours routed"): Timing.exact(20.0),
+        ("eager", "ours given"): Timing.exact(20.0),
         ("eager", "eager loop"): Timing.exact(90.0),
         ("eager", "grouped_mm"): Timing.exact(60.0),
     }

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balance import Topology, make_plan
+from balance import Topology, Trace, make_plan
+from balance.recorded.read import Routes, write_npz
 from perf.measuring.measure import Protocol
-from perf.problems.cases import TINY
+from perf.problems.cases import GPT_OSS_20B, TINY
 from perf.suites.bench import Bench
 from perf.suites.rank import (
     CONTIGUOUS,
@@ -20,6 +21,7 @@ from perf.suites.rank import (
     make_rank_call,
     makespan,
     planner,
+    played,
     predict_rank_us,
     recordings,
     round_rows,
@@ -48,6 +50,38 @@ def test_rounded_shares_keep_every_load(load_E, num_ranks, seed):
     rows_ER = round_rows(share_ER * load_E[:, None], load_E)
     assert (rows_ER.sum(1) == load_E).all()
     assert (np.abs(rows_ER - share_ER * load_E[:, None]) < 1 + 1e-6).all()
+
+
+def test_the_recording_of_the_bench_is_played_on_a_model_of_its_sizes():
+    ((model, scenario, trace),) = played(rehearsal(), "planner")
+    assert (model, scenario) == (GPT_OSS_20B, "trace")
+    assert (trace.num_micro_batches, trace.num_layers, trace.num_source_ranks) == (
+        24,
+        3,
+        NUM_RANKS,
+    )
+    ((_, _, one_layer),) = played(rehearsal(), "makespan")
+    assert (one_layer.ids_TLK == trace.ids_TLK[:, :1]).all()
+
+
+def test_whole_sequences_are_packed_for_the_suite(tmp_path):
+    path = tmp_path / "routes.npz"
+    ids_TLK = np.random.default_rng(0).permuted(np.tile(np.arange(8), (9000, 1, 1)), axis=2)
+    write_npz(path, Routes(ids_TLK[:, :, :2], np.arange(0, 9001, 100), 8, (0,)))
+    bench = rehearsal()
+    bench.trace = path
+    ((model, _, trace),) = played(bench, "planner")
+    assert (model.num_experts, model.top_k) == (8, 2)
+    assert trace.num_tokens == 9000 and 2 <= trace.num_micro_batches <= 4
+    assert trace.num_source_ranks == NUM_RANKS
+
+
+def test_a_recording_that_no_model_fits_is_noted(tmp_path):
+    bench = rehearsal()
+    bench.trace = tmp_path / "odd.npz"
+    Trace(np.zeros((3, 1, 1), int), np.zeros(3, int), np.zeros(3, int), 7).save(bench.trace)
+    assert list(played(bench, "planner")) == []
+    assert bench.notes == ["odd.npz: skipped, no model has 7 experts, top-1"]
 
 
 def test_every_method_serves_the_whole_load():

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from megakernel.plan.schedule import NAMES
+from megakernel.plan.protocol import NAMES
 from megakernel.tools.timeline import Timeline
 from perf.measuring.measure import Protocol, Timing
 from perf.problems.cases import TINY, Case, make_loads
+from perf.problems.providers import configured_call
 from perf.simulator.predict import make_launch, predict
 from perf.suites.bench import Bench
 from perf.suites.timeline import add_replayed_prediction, timed_cases, timeline
-from perf.tune import configured_call
 
 CASE = Case(TINY, 24, "recorded")
+SHARED = {"shared FFN1", "shared FFN2"}  # this model has no shared expert
 
 
 def rehearsal() -> Bench:
@@ -24,8 +25,8 @@ def test_a_rehearsal_times_every_kind_of_task_and_keeps_the_timelines():
     timeline(bench)
     assert not bench.failures
     assert [case.model for case in timed_cases(bench)] == [TINY]
-    for mode, without in (("live", set()), ("replay", {"prefix", "scatter"})):
-        rows = [row for row in bench.rows if row.provider == f"ours {mode}"]
+    for route, without in (("live", SHARED), ("replay", {"prefix", "scatter"} | SHARED)):
+        rows = [row for row in bench.rows if row.provider == f"ours {route}"]
         wanted = {f"{name} task" for name in NAMES if name not in without} | {"claim", "wait"}
         assert wanted <= {row.metric for row in rows}
         assert sum(row.median for row in rows if row.unit == "share") == pytest.approx(1)
@@ -36,12 +37,12 @@ def test_a_rehearsal_times_every_kind_of_task_and_keeps_the_timelines():
     assert all("interpreted" in saved.unit for saved in bench.timelines.values())
 
 
-def wrong(problem, mode, config):
-    call = configured_call(problem, mode, config)
+def wrong(problem, route, config):
+    call = configured_call(problem, route, config)
     return (lambda: call() + 100.0) if config.record_times else call
 
 
-def broken(problem, mode, config):
+def broken(problem, route, config):
     raise RuntimeError("did not compile")
 
 
@@ -58,12 +59,12 @@ def test_a_timed_launch_that_is_wrong_is_a_failure(monkeypatch, call, message):
     assert not bench.rows and not bench.timelines
 
 
-@pytest.mark.parametrize("mode", ["live", "replay"])
-def test_the_simulator_repeats_a_launch_whose_tasks_cost_alike(mode):
+@pytest.mark.parametrize("route", ["live", "replay"])
+def test_the_simulator_repeats_a_launch_whose_tasks_cost_alike(route):
     """Fed with the tasks of a launch that it made up itself, it finds that launch's time again."""
     bench, load_E = rehearsal(), make_loads(CASE)
-    made_up: Timeline = predict(TINY, 24, load_E, CASE.default_config, mode)
-    launch = make_launch(TINY, 24, load_E, CASE.default_config, mode)
-    add_replayed_prediction(bench, CASE, mode, made_up, launch, Timing.exact(made_up.launch_us))
+    made_up: Timeline = predict(TINY, 24, load_E, CASE.default_config, route)
+    launch = make_launch(TINY, 24, load_E, CASE.default_config, route)
+    add_replayed_prediction(bench, CASE, route, made_up, launch, Timing.exact(made_up.launch_us))
     errors = {row.metric: row.median for row in bench.rows}
     assert abs(errors["prediction error, measured tasks"]) < 0.05
