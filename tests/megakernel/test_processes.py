@@ -75,7 +75,7 @@ def goes_wrong(launch: Launch, expected: list[Tensor], seed: int) -> bool:
         *[
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
-                "prefix awaits one gate task less",
+                "prefix awaits one route task less",
                 "FFN1 signals before its stores",
                 "row tiles share one counter",
             )
