@@ -9,11 +9,11 @@ from triton.runtime.errors import InterpreterError
 
 from megakernel import MegakernelStall
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.race import kernel
-from tests.helpers.race.launches import LAUNCHES, Launch
+from tests.helpers.race.layer import kernel
+from tests.helpers.race.layer.launches import LAUNCHES, Launch
 from tests.helpers.race.memory import POISON
-from tests.helpers.race.mutants import MUTANTS
 from tests.helpers.race.processes import as_processes
+from tests.helpers.race.weak.mutants import MUTANTS
 
 # Python 3.12 warns of any fork beside threads; none of this process's holds a lock by then.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -6,9 +6,9 @@ import pytest
 
 from megakernel import MegakernelStall
 from tests.helpers.race.events import RaceError
-from tests.helpers.race.launch import assert_no_race
-from tests.helpers.race.launches import LAUNCHES
-from tests.helpers.race.mutants import MUTANTS, Mutant, table
+from tests.helpers.race.layer.launch import assert_no_race
+from tests.helpers.race.layer.launches import LAUNCHES
+from tests.helpers.race.weak.mutants import MUTANTS, Mutant, table
 from tests.helpers.sources import ROOT
 
 LAUNCH_OF_NAME = {launch.name: launch for launch in LAUNCHES}

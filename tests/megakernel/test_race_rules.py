@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.race import toy
 from tests.helpers.race.events import RaceError
-from tests.helpers.race.mutate import mutated
+from tests.helpers.race.weak.mutate import mutated
 
 TOY = "tests.helpers.race.toy"
 # A function of the toy, a text that it holds once, and what takes the text's place.

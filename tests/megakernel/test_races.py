@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.helpers.race.launch import assert_no_race
-from tests.helpers.race.launches import LAUNCHES, Launch
-from tests.helpers.race.mutants import HARMLESS, Mutant
+from tests.helpers.race.layer.launch import assert_no_race
+from tests.helpers.race.layer.launches import LAUNCHES, Launch
+from tests.helpers.race.weak.mutants import HARMLESS, Mutant
 
 LAUNCH_OF_NAME = {launch.name: launch for launch in LAUNCHES}
 # Tasks per worker, and whether every wait has to poll twice.

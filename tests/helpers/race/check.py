@@ -122,11 +122,13 @@ class Check:
         history: dict[int, list[Event]] = {}
         for event, units in self._with_units():
             for unit in units[self.is_counter[units]].tolist():
-                for earlier in history.get(unit, ()):
-                    both = (earlier.kind, event.kind)
-                    if both not in ((ATOMIC, ATOMIC), (LOAD, LOAD)):
-                        self._check_pair(earlier, event, unit)
-                history.setdefault(unit, []).append(event)
+                self._check_counter(history.setdefault(unit, []), event, unit)
+
+    def _check_counter(self, before: list[Event], event: Event, unit: int) -> None:
+        for earlier in before:
+            if (earlier.kind, event.kind) not in ((ATOMIC, ATOMIC), (LOAD, LOAD)):
+                self._check_pair(earlier, event, unit)
+        before.append(event)
 
     def explain(self, first: Event, second: Event, unit: int) -> str:
         """Say what is not ordered, and what the later one waited for."""

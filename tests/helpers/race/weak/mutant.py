@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from tests.helpers.race.mutate import mutated
+from tests.helpers.race.weak.mutate import mutated
 
 # A function's dotted name, a text that it holds once, and what takes the text's place.
 Edit = tuple[str, str, str]

@@ -17,7 +17,7 @@ from megakernel import (
     moe_routed,
     prepare_replay,
 )
-from tests.helpers.race.parts import call_part
+from tests.helpers.race.layer.parts import call_part
 
 # Small enough to be quick, large enough that every counter is awaited for more than one signal:
 # three token tiles, two blocks of bins, two of I, two of H in each of two column groups.

@@ -1,6 +1,6 @@
 """The kernel weakened on purpose: each change is one that a GPU may forgive for weeks."""
 
-from tests.helpers.race.mutant import (
+from tests.helpers.race.weak.mutant import (
     COMBINE,
     DISPATCH,
     FFN,
@@ -11,7 +11,7 @@ from tests.helpers.race.mutant import (
     Mutant,
     edited,
 )
-from tests.helpers.race.mutants_order import (
+from tests.helpers.race.weak.order import (
     ORDERED,
     PLACE,
     SIGNAL_TASK,

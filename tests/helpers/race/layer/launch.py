@@ -3,9 +3,9 @@
 from functools import cache
 from typing import Any
 
-from tests.helpers.race import kernel
 from tests.helpers.race.events import Names
-from tests.helpers.race.launches import Launch
+from tests.helpers.race.layer import kernel
+from tests.helpers.race.layer.launches import Launch
 from tests.helpers.race.memory import POISON
 from tests.helpers.race.record import Recorder
 from tests.helpers.race.watch import watch

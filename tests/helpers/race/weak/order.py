@@ -1,6 +1,6 @@
 """Weaknesses of the order: what is awaited, what is signalled, and when."""
 
-from tests.helpers.race.mutant import (
+from tests.helpers.race.weak.mutant import (
     EARLY,
     KERNEL,
     ORDER,

@@ -14,7 +14,7 @@ from megakernel.plan.rules import RouterRule
 from megakernel.plan.schedule import bound_tiles
 
 if TYPE_CHECKING:
-    from tests.helpers.race.launches import Launch
+    from tests.helpers.race.layer.launches import Launch
 
 
 def call_part(launch: "Launch", config: KernelConfig) -> Tensor:
