@@ -105,7 +105,8 @@ def early(kind: str, **more: object) -> Mutant:
         (KERNEL, WORK, f"        if kind == C.{kind}:\n    {SAY_SO}{WORK}"),
         (KERNEL, f"C)\n{SAY_SO}", f"C)\n        if kind != C.{kind}:\n    {SAY_SO}"),
     )
-    name = f"{kind.replace('_', ' of ')} signals before its stores"
+    task = "{} of the shared expert" if kind.startswith("SHARED_") else "{}"
+    name = f"{task.format(kind.removeprefix('SHARED_'))} signals before its stores"
     return Mutant(name, EARLY, edits, **more)  # type: ignore[arg-type]
 
 
