@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := balance megakernel perf reference tests
+SOURCES := balance examples megakernel perf reference tests
 # Both cores test; whoever has none left takes over half of what the other has left. With more
 # cores: make test WORKERS=8.
 WORKERS ?= 2

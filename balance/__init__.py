@@ -67,7 +67,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: torch takes seconds, which --help need not."""
+    """Return a public name when it is asked for: torch takes seconds, which --help need not."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("moe-megakernel")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

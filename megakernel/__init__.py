@@ -7,13 +7,13 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 ``TRITON_INTERPRET=1`` before importing, and the same kernel runs in Triton's interpreter.
 """
 
-from megakernel.api import MoEOutput, moe, moe_routed
+from megakernel.api import MoEOutput, moe, moe_routed, prepare_replay
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
 from megakernel.experts import Experts, SharedExpert
 from megakernel.launch.workspace import check
 from megakernel.placement import Placement
-from megakernel.replay import Replay, prepare_replay
+from megakernel.replay import Replay
 from megakernel.router import Router
 
 __all__ = [
@@ -30,3 +30,12 @@ __all__ = [
     "moe_routed",
     "prepare_replay",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """Return ``__version__``, asked of the installed distribution only when somebody asks."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moe-megakernel")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from megakernel.calls import MoEOutput, given_call, routed_call, slots_of
 from megakernel.checks.calls import (
     check_call,
     check_placement,
@@ -12,12 +11,13 @@ from megakernel.checks.calls import (
     check_routing_tensors,
     check_size,
 )
-from megakernel.config import KernelConfig
+from megakernel.config import KernelConfig, usual_rows
 from megakernel.experts import Experts
+from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
 from megakernel.launch.op import launcher
 from megakernel.launch.tuned import at_height, default_config
 from megakernel.placement import Placement
-from megakernel.replay import Replay
+from megakernel.replay import Replay, check_routing, sort_into_rows
 from megakernel.router import Router
 
 
@@ -61,7 +61,7 @@ def moe(
     """
     check_call(x_TH, experts)
     check_router(router_weight_EH, router, experts, x_TH, placement if replay is None else None)
-    shape_TK = (len(x_TH), router.top_k)
+    shape_TK = (x_TH.shape[0], router.top_k)
     config = choose_config(config, shape_TK, experts, x_TH, replay)
     if replay is None:
         check_placement(placement, experts, shape_TK, x_TH)
@@ -69,7 +69,7 @@ def moe(
         check_replay(replay, placement, experts, shape_TK, x_TH)
         replay, placement = replay.of_height(config.block_rows), None
     out = make_output(x_TH, shape_TK, experts.num_experts, replay)
-    if len(x_TH):
+    if shape_TK[0]:
         check_size(shape_TK, placement, experts, config)
         rows = None if replay is None else (replay.rows, replay.num_tiles)
         layer = x_TH, router_weight_EH, router, experts
@@ -107,15 +107,52 @@ def moe_routed(
     """
     check_call(x_TH, experts)
     check_routing_tensors(expert_of_TK, gate_TK, experts, x_TH)
-    shape_TK = (len(x_TH), expert_of_TK.shape[1])
+    shape_TK = (x_TH.shape[0], expert_of_TK.shape[1])
     check_placement(placement, experts, shape_TK, x_TH)
     config = choose_config(config, shape_TK, experts, x_TH, None)
     y_TH = torch.empty_like(x_TH)
-    if len(x_TH):
+    if shape_TK[0]:
         check_size(shape_TK, placement, experts, config)
         places = slots_of(placement)
         launcher()(given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config))
     return y_TH
+
+
+def prepare_replay(
+    expert_of_TK: Tensor,
+    num_experts: int,
+    placement: Placement | None = None,
+    config: KernelConfig | None = None,
+    experts: Experts | None = None,
+) -> Replay:
+    """Build the row tables of a recorded routing, off the critical path (synchronises).
+
+    A launch with the result has no histogram, prefix or scatter, and starts its expert FFN at
+    once. Weights stay live: the router computes them for the given ids, which is the gradient
+    semantics of Rollout Routing Replay (arXiv 2510.11370).
+
+    Args:
+        expert_of_TK: [T, K] integer ids in [0, E), distinct within a token; -1 is no expert.
+        num_experts: E.
+        placement: experts in slots; identity when None.
+        config: the config of the launches to come; None for the default, or for any: see Replay.
+        experts: of the layer to come, of which the default config depends; without them a first
+            call with float32 weights or a tuned config may have to build its tables itself.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value.
+    """
+    check_routing(expert_of_TK, num_experts, placement)
+    ids_TK = expert_of_TK.int().contiguous()
+    if config is not None:
+        return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
+    if experts is None:
+        block_rows = usual_rows(ids_TK.numel(), num_experts, ids_TK.device)
+    else:
+        num_tokens, top_k = ids_TK.shape
+        dtype, shape = experts.down_EHI.dtype, experts.layer_shape(top_k)
+        block_rows = default_config(shape, num_tokens, dtype, ids_TK.device).block_rows
+    return sort_into_rows(ids_TK, num_experts, placement, block_rows, is_fixed=False)
 
 
 def make_output(
@@ -124,12 +161,12 @@ def make_output(
     """Allocate what a call of :func:`moe` returns; a replay brings its own ids and loads."""
     if replay is None:
         expert_of_TK = x_TH.new_empty(shape_TK, dtype=torch.int32)
-        make_load = x_TH.new_empty if len(x_TH) else x_TH.new_zeros
+        make_load = x_TH.new_empty if shape_TK[0] else x_TH.new_zeros
         load_E = make_load(num_experts, dtype=torch.int32)
     else:
         expert_of_TK, load_E = replay.expert_of_TK, replay.load_E
     gate_TK = x_TH.new_empty(shape_TK, dtype=torch.float32)
-    logits_TE = x_TH.new_empty((len(x_TH), num_experts), dtype=torch.float32)
+    logits_TE = x_TH.new_empty((shape_TK[0], num_experts), dtype=torch.float32)
     return MoEOutput(torch.empty_like(x_TH), expert_of_TK, gate_TK, logits_TE, load_E)
 
 

@@ -156,24 +156,3 @@ def usual_rows(num_assignments: int, num_experts: int, device: torch.device) -> 
     if device.type == "cpu":
         return INTERPRETER.block_rows
     return shipped_config(num_assignments, num_experts).block_rows
-
-
-def resolve_workers(config: KernelConfig, device: torch.device) -> int:
-    """Return how many programs to launch."""
-    if config.num_workers is not None:
-        return config.num_workers
-    if device.type == "cpu":
-        return 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count * config.workers_per_sm
-
-
-def resolve_polls(config: KernelConfig, device: torch.device) -> int:
-    """Return how often a wait polls before it gives up.
-
-    On a GPU the default lasts seconds. Interpreted programs run one after another, so there a
-    counter that is not yet satisfied never will be.
-    """
-    if config.max_polls is not None:
-        return config.max_polls
-    return 2 if device.type == "cpu" else 1 << 23

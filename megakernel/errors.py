@@ -1,38 +1,5 @@
-"""What can go wrong inside a launch, in words."""
-
-from dataclasses import replace
-
-from megakernel.plan.protocol import Protocol
-from megakernel.plan.schedule import Schedule
+"""What a launch raises beside ValueError."""
 
 
 class MegakernelStall(RuntimeError):  # noqa: N818  (the public name is agreed)
     """A wait inside the launch ran past its bound; the outputs of that call are not valid."""
-
-
-def describe_stall(words: list[int], schedule: Schedule) -> str:
-    """Say which task waited for which counter."""
-    _, task, counter, seen, target, num_tiles = words[Protocol.STALL_AT :][:6]
-    schedule = replace(schedule, num_tiles=num_tiles)  # a live launch counts its row tiles itself
-    name = schedule.describe_task(task)
-    if counter == Protocol.SCATTER_DONE:  # what the task is only the row tables would say
-        name = f"task {task} (the first of a worker that needs the row tables)"
-    return (
-        f"{name} waited for {schedule.describe_counter(counter)} "
-        f"to reach {target}, saw {seen}; the outputs of that call are not valid"
-    )
-
-
-def describe_bad_input(words: list[int]) -> str:
-    """Say which id or slot the launch skipped, and the rule it broke."""
-    reason, token, choice, value = words[Protocol.INPUT_AT :][:4]
-    rule = {
-        Protocol.ID_OUT_OF_RANGE: "expert_of_TK[{0}, {1}] must be an expert id or -1, got {2}",
-        Protocol.ID_TWICE: (
-            "expert_of_TK[{0}, {1}] must differ from the token's other ids, got {2}"
-        ),
-        Protocol.SLOT_OF_OTHER_EXPERT: (
-            "slot_of_TK[{0}, {1}] must be a slot that holds the chosen expert, got {2}"
-        ),
-    }[reason]
-    return rule.format(token, choice, value) + " (skipped by an earlier launch)"

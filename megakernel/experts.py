@@ -1,6 +1,6 @@
 """What experts compute, and their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -102,6 +102,7 @@ class Experts:
     interleaved: bool = False
     shared: SharedExpert | None = None
     transposed: bool = False
+    rule: ExpertRule = field(init=False, repr=False)  # what the compiler must know
 
     def __post_init__(self) -> None:
         """Check that the tensors belong together."""
@@ -123,6 +124,10 @@ class Experts:
 
         if self.shared is not None:
             self._check_shared(self.shared)
+        rule = ExpertRule(
+            self.activation, float(self.limit), bool(self.has_gate), bool(self.interleaved)
+        )
+        object.__setattr__(self, "rule", rule)
 
     def _check_shared(self, shared: SharedExpert) -> None:
         if (shared.gate_JH is not None) != self.has_gate:
@@ -162,10 +167,3 @@ class Experts:
     def down(self) -> Dense:
         """The second weight in its format."""
         return Dense(self.down_EHI, self.transposed)
-
-    @property
-    def rule(self) -> ExpertRule:
-        """What the compiler must know."""
-        return ExpertRule(
-            self.activation, float(self.limit), bool(self.has_gate), bool(self.interleaved)
-        )

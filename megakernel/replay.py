@@ -13,9 +13,6 @@ from megakernel.checks.values import (
     check_slot_shape,
     check_slots,
 )
-from megakernel.config import KernelConfig, usual_rows
-from megakernel.experts import Experts
-from megakernel.launch.tuned import default_config
 from megakernel.placement import Placement
 from megakernel.plan.buffers import Rows, Slots
 
@@ -69,43 +66,6 @@ class Replay:
         return self.other_heights[block_rows]
 
 
-def prepare_replay(
-    expert_of_TK: Tensor,
-    num_experts: int,
-    placement: Placement | None = None,
-    config: KernelConfig | None = None,
-    experts: Experts | None = None,
-) -> Replay:
-    """Build the row tables of a recorded routing, off the critical path (synchronises).
-
-    A launch with the result has no histogram, prefix or scatter, and starts its expert FFN at
-    once. Weights stay live: the router computes them for the given ids, which is the gradient
-    semantics of Rollout Routing Replay (arXiv 2510.11370).
-
-    Args:
-        expert_of_TK: [T, K] integer ids in [0, E), distinct within a token; -1 is no expert.
-        num_experts: E.
-        placement: experts in slots; identity when None.
-        config: the config of the launches to come; None for the default, or for any: see Replay.
-        experts: of the layer to come, of which the default config depends; without them a first
-            call with float32 weights or a tuned config may have to build its tables itself.
-
-    Raises:
-        ValueError: naming the argument, the rule and the value.
-    """
-    check_routing(expert_of_TK, num_experts, placement)
-    ids_TK = expert_of_TK.int().contiguous()
-    if config is not None:
-        return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
-    if experts is None:
-        block_rows = usual_rows(ids_TK.numel(), num_experts, ids_TK.device)
-    else:
-        num_tokens, top_k = ids_TK.shape
-        dtype, shape = experts.down_EHI.dtype, experts.layer_shape(top_k)
-        block_rows = default_config(shape, num_tokens, dtype, ids_TK.device).block_rows
-    return sort_into_rows(ids_TK, num_experts, placement, block_rows, is_fixed=False)
-
-
 def sort_into_rows(
     ids_TK: Tensor,
     num_experts: int,
@@ -153,7 +113,7 @@ def slots_of_assignments(
     assert slots.copies_of_E is not None and slots.slots_of_EV is not None
     ordinal_A = stable_rank(expert_A)
     served_A = expert_A.clamp(min=0)
-    copies_A = slots.copies_of_E[served_A].long()
+    copies_A = slots.copies_of_E[served_A].long().clamp(min=1)  # expert 0 may have no slot here
     slot_A = slots.slots_of_EV[served_A, ordinal_A % copies_A].long()
     return torch.where(expert_A >= 0, slot_A, -1), ordinal_A // copies_A, placement.num_slots
 

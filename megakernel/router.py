@@ -1,7 +1,7 @@
 """How logits become choices and weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -57,6 +57,7 @@ class Router:
     top_groups: int = 1
     capacity: int | None = None
     random_second_seed: int | None = None
+    rule: RouterRule = field(init=False, repr=False)  # what the compiler must know
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -80,11 +81,8 @@ class Router:
             check_seed("random_second_seed", self.random_second_seed)
             if self.top_k != 2:
                 raise ValueError(f"top_k must be 2 with random_second_seed, got {self.top_k}")
-
-    @property
-    def rule(self) -> RouterRule:
-        """What the compiler must know."""
-        return RouterRule(
+        rule = RouterRule(
             self.score, bool(self.renormalize), float(self.scale), self.num_groups,
             self.top_groups, self.capacity is not None, self.random_second_seed is not None,
         )  # fmt: skip
+        object.__setattr__(self, "rule", rule)

@@ -141,8 +141,7 @@ def route(
     kind: str = "softmax",
     bias_E: Tensor | None = None,
     correction_bias_E: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
+    groups: tuple[int, int] = (1, 1),
     scale: float = 1.0,
     capacity: int | None = None,
     random_second_seed: int | None = None,
@@ -159,8 +158,7 @@ def route(
         kind: see :func:`score`.
         bias_E: added to the logits (gpt-oss).
         correction_bias_E: see :func:`choose`.
-        num_groups: see :func:`choose`.
-        top_groups: see :func:`choose`.
+        groups: (num_groups, top_groups) of :func:`choose`.
         scale: see :func:`weigh`.
         capacity: see :func:`reference.dropping.drop_over_capacity`; None drops nothing.
         random_second_seed: see :func:`reference.dropping.drop_random_second`; None drops nothing.
@@ -176,7 +174,7 @@ def route(
         return Routing(expert_of_TK.long(), gate_TK, logits_TE, load_E)
     chosen_TK = choose(
         logits_TE, top_k, kind=kind, correction_bias_E=correction_bias_E,
-        num_groups=num_groups, top_groups=top_groups,
+        num_groups=groups[0], top_groups=groups[1],
     )  # fmt: skip
     gate_TK = weigh(logits_TE, chosen_TK, renormalize, kind=kind, scale=scale)
     if random_second_seed is not None:

@@ -1,7 +1,8 @@
 """Recording which experts a transformers model chose, and forcing them in a later call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from megakernel.adapters.blocks import FusedBlock, LayerState
 from megakernel.adapters.modules import MoELayer, find_layers, read_experts
+from megakernel.api import prepare_replay
 from megakernel.placement import Placement
-from megakernel.replay import Replay, prepare_replay
+from megakernel.replay import Replay
 
 
 class RoutingRecord:
@@ -60,15 +62,19 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     record = RoutingRecord(layers)
     with ExitStack() as stack:
         for layer, calls in zip(layers, record.calls_of_layer, strict=True):
-            if isinstance(layer.block, FusedBlock):
-                state = layer.block.megakernel
-                if state.recorded is not None:
-                    raise ValueError("model must not be recorded twice at a time")
-                state.recorded = calls
-                stack.callback(setattr, state, "recorded", None)
-            else:
-                stack.callback(_record_calls(layer.experts, calls).remove)
+            stack.callback(_record_layer(layer, calls))
         yield record
+
+
+def _record_layer(layer: MoELayer, calls: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Let a layer keep its calls, and return how to end that."""
+    if not isinstance(layer.block, FusedBlock):
+        return _record_calls(layer.experts, calls).remove
+    state = layer.block.megakernel
+    if state.recorded is not None:
+        raise ValueError("model must not be recorded twice at a time")
+    state.recorded = calls
+    return partial(setattr, state, "recorded", None)
 
 
 def _record_calls(experts: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> Any:

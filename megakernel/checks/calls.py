@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from triton import cdiv
 from triton._utils import TRITON_MAX_TENSOR_NUMEL
 
 from megakernel.checks.tensors import (
@@ -148,7 +147,7 @@ def check_routing_tensors(
             f"got {tuple(expert_of_TK.shape)}"
         )
     check_contiguous("expert_of_TK", expert_of_TK)
-    shape_TK = (len(x_TH), expert_of_TK.shape[1])
+    shape_TK = (x_TH.shape[0], expert_of_TK.shape[1])
     for name, tensor in (("expert_of_TK", expert_of_TK), ("gate_TK", gate_TK)):
         check_shape(name, tensor, shape_TK)
         check_device(name, tensor, x_TH)
@@ -170,8 +169,8 @@ def check_size(
     num_slots = experts.num_experts if placement is None else placement.num_slots
     num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)
     if experts.shared is not None:
-        num_slices = cdiv(len(experts.shared.up_JH), experts.down_EHI.shape[2])
-        num_tiles += num_slices * cdiv(num_tokens, config.block_rows)
+        num_slices = -(-len(experts.shared.up_JH) // experts.down_EHI.shape[2])
+        num_tiles += num_slices * -(-num_tokens // config.block_rows)
     num_rows = num_tiles * config.block_rows
     if num_rows > MAX_ROWS:
         raise ValueError(

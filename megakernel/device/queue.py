@@ -108,9 +108,8 @@ def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
     There is nothing to do past the end of the list, and where a wait gave up.
     """
     NUMBERS: tl.constexpr = C.MOST_WAITS
-    kind, tile, block = task_of(task, size, C)
-    if task >= num_tasks:
-        kind = -1
+    kind, tile, block = task_of(tl.where(task < num_tasks, task, 0), size, C)
+    kind = tl.where(task < num_tasks, kind, -1)
     for number in tl.static_range(NUMBERS):
         counter, least = wait_of(number, kind, tile, block, size, C)
         if least > 0:  # noqa: SIM102  (one may be known when compiling)

@@ -88,11 +88,11 @@ def sizes_of(b: Buffers) -> LayerSizes:
     return LayerSizes(
         top_k,
         num_experts,
-        num_experts if slots.expert_of_P is None else len(slots.expert_of_P),
+        num_experts if slots.expert_of_P is None else slots.expert_of_P.shape[0],
         1 if slots.slots_of_EV is None else slots.slots_of_EV.shape[1],
         hidden,
         intermediate,
-        0 if b.shared.up_JH is None else len(b.shared.up_JH),
+        0 if b.shared.up_JH is None else b.shared.up_JH.shape[0],
     )
 
 

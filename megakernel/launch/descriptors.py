@@ -16,7 +16,7 @@ def as_operand(weight_EXY: Tensor, rule: WeightRule, step: int) -> Tensor | Tens
     """
     if not rule.tma:
         return weight_EXY
-    num_experts = len(weight_EXY)
+    num_experts = weight_EXY.shape[0]
     stacked, height, width = rule.stacked, rule.height, rule.width
     if rule.transposed:
         return TensorDescriptor(

@@ -5,9 +5,9 @@ text: which tensor is which, and the fields of the rule. No field is named here,
 needs no line.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from ast import literal_eval
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -78,28 +78,41 @@ def unflatten(tensors: dict[str, Tensor]) -> Buffers:
     return fill(Buffers(), "")
 
 
-@torch.compiler.assume_constant_result
+def leaves_of(kind: Any, *above: str) -> list[tuple[str, ...]]:
+    """Return the way to each field of a dataclass, and of those inside it, that is none itself."""
+    ways = []
+    for field in fields(kind):
+        way = (*above, field.name)
+        ways += leaves_of(field.type, *way) if is_dataclass(field.type) else [way]
+    return ways
+
+
+LEAVES = leaves_of(CallRule)
+
+
+def leaf_of(record: Any, way: tuple[str, ...]) -> Any:
+    """Return the field that a way leads to."""
+    for name in way:
+        record = getattr(record, name)
+    return record
+
+
 def encode(names: tuple[str, ...], rule: CallRule) -> str:
-    """Return the names of the tensors and the rule as text, a constant while tracing."""
-    return json.dumps([names, asdict(rule)])
+    """Return the names of the tensors and the rule as text; torch.compile can trace it."""
+    return "|".join([",".join(names), *[repr(leaf_of(rule, way)) for way in LEAVES]])
 
 
 @lru_cache(maxsize=1024)
 def decode(text: str) -> tuple[list[str], CallRule]:
     """Invert :func:`encode`."""
-    names, values = json.loads(text)
-    return names, _build(CallRule, values)
+    names, *values = text.split("|")
+    return names.split(","), _build(CallRule, iter(map(literal_eval, values)))
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a dataclass, and those inside it, from its fields as a dictionary."""
-    types = {field.name: field.type for field in fields(kind)}
-    return kind(
-        **{
-            name: _build(types[name], value) if is_dataclass(types[name]) else value
-            for name, value in values.items()
-        }
-    )
+def _build(kind: Any, values: Iterator[Any]) -> Any:
+    """Build a dataclass, and those inside it, from its leaves in order."""
+    types = [field.type for field in fields(kind)]
+    return kind(*[_build(one, values) if is_dataclass(one) else next(values) for one in types])
 
 
 def launcher() -> Callable[[Call], None]:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from megakernel.checks.values import check_distinct_ids, check_slots
-from megakernel.config import resolve_polls, resolve_workers
+from megakernel.config import KernelConfig
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import Call, make_spec
 from megakernel.launch.descriptors import as_operand
@@ -58,7 +58,7 @@ def check_given(call: Call) -> None:
 
 def kernel_arguments(call: Call, spec: KernelSpec, workspace: Workspace) -> tuple:
     """Return the kernel's positional arguments up to the schedule id."""
-    num_tokens, dtype = len(call.tokens), call.tokens.dtype
+    num_tokens, dtype = call.tokens.shape[0], call.tokens.dtype
     num_tiles = count_row_tiles(spec, num_tokens, None if spec.makes_rows else call.num_tiles)
     memory = workspace.memory_for(spec, num_tokens, num_tiles, dtype)
     buffers = complete(call.buffers, spec, workspace, memory)
@@ -68,11 +68,13 @@ def kernel_arguments(call: Call, spec: KernelSpec, workspace: Workspace) -> tupl
 
 def weights_of(b: Buffers, spec: KernelSpec) -> tuple:
     """Return the experts' weights as the kernel takes them, None in a launch without experts."""
-    gate_up, down = spec.gate_up, spec.down
-    if gate_up is None or down is None:
+    gate_up_E2IH, down_EHI, *_ = b.experts
+    if spec.gate_up is None or spec.down is None or gate_up_E2IH is None or down_EHI is None:
         return None, None
-    gate_up_E2IH = as_operand(b.experts.gate_up_E2IH, gate_up, spec.step)
-    return gate_up_E2IH, as_operand(b.experts.down_EHI, down, spec.step)
+    return (
+        as_operand(gate_up_E2IH, spec.gate_up, spec.step),
+        as_operand(down_EHI, spec.down, spec.step),
+    )
 
 
 def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory) -> Buffers:
@@ -86,3 +88,24 @@ def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory)
         control = control._replace(times=memory.times)
     rows = memory.rows if spec.makes_rows else b.rows
     return b._replace(experts=experts, rows=rows, scratch=scratch, control=control)
+
+
+def resolve_workers(config: KernelConfig, device: torch.device) -> int:
+    """Return how many programs to launch."""
+    if config.num_workers is not None:
+        return config.num_workers
+    if device.type == "cpu":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * config.workers_per_sm
+
+
+def resolve_polls(config: KernelConfig, device: torch.device) -> int:
+    """Return how often a wait polls before it gives up.
+
+    On a GPU the default lasts seconds. Interpreted programs run one after another, so there a
+    counter that is not yet satisfied never will be.
+    """
+    if config.max_polls is not None:
+        return config.max_polls
+    return 2 if device.type == "cpu" else 1 << 23

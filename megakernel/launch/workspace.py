@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megakernel.errors import MegakernelStall, describe_bad_input, describe_stall
+from megakernel.errors import MegakernelStall
+from megakernel.launch.report import describe_bad_input, describe_stall
 from megakernel.plan.buffers import Control, Rows, Scratch
 from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
@@ -83,6 +85,7 @@ class Workspace:
     device: torch.device
     arena: Tensor = field(init=False)
     control: Control = field(init=False)
+    report: np.ndarray = field(init=False)  # the words of control.report, quicker to look at
     schedules: list[Schedule] = field(default_factory=list)
     views: dict[tuple, Memory] = field(default_factory=dict)
     latest: Memory | None = None  # of the last launch, unless that failed
@@ -99,6 +102,7 @@ class Workspace:
         self.control = Control(
             torch.zeros(0, dtype=torch.int32, device=self.device), error, report
         )
+        self.report = report.numpy()
 
     def memory_for(
         self, spec: KernelSpec, num_tokens: int, num_tiles: int, dtype: torch.dtype
@@ -159,11 +163,10 @@ class Workspace:
 
     def raise_errors(self) -> None:
         """Raise what an earlier launch reported, once. Does not synchronise."""
-        report = self.control.report
-        if not (int(report[Protocol.STALL_AT]) or int(report[Protocol.INPUT_AT])):
+        if not (self.report[Protocol.STALL_AT] or self.report[Protocol.INPUT_AT]):
             return
-        words = report.tolist()
-        report.zero_()
+        words = self.report.tolist()
+        self.report[:] = 0
         if words[Protocol.STALL_AT]:
             self.reset()
             schedule = self.schedules[words[Protocol.SCHEDULE_AT]]

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import triton
-
 from megakernel.plan.buffers import Sizes
 from megakernel.plan.order import plain
 from megakernel.plan.protocol import KINDS
@@ -134,4 +132,4 @@ def count_row_tiles(spec: KernelSpec, num_tokens: int, routed_tiles: int | None)
     """
     if routed_tiles is None:
         routed_tiles = bound_tiles(num_tokens * spec.top_k, spec.num_slots, spec.block_rows)
-    return routed_tiles + spec.num_slices * triton.cdiv(num_tokens, spec.block_rows)
+    return routed_tiles + spec.num_slices * -(-num_tokens // spec.block_rows)

@@ -14,7 +14,8 @@ from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
 class KernelSpec(Protocol):
     """Everything the compiler must know; one compiled kernel per spec and tensor types.
 
-    Fields whose meaning is not said here are those of :class:`megakernel.config.KernelConfig`.
+    Derived values are kept, since every call asks for some. Fields whose meaning is not said here
+    are those of :class:`megakernel.config.KernelConfig`.
 
     Attributes:
         stages: ``"layer"``, ``"rows"`` (the FFN of sorted rows, no combine) or ``"combine"``
@@ -81,7 +82,7 @@ class KernelSpec(Protocol):
         segments = SEGMENTS[self.stages, self.route]
         return tuple(s for s in segments if self.num_slices or s != self.SHARED_FFN1)
 
-    @property
+    @cached_property
     def num_segments(self) -> int:
         """How many there are."""
         return len(self.segments)
@@ -91,116 +92,116 @@ class KernelSpec(Protocol):
         """Kinds of task in the list."""
         return held_kinds(self.segments)
 
-    @property
+    @cached_property
     def has_tail(self) -> bool:
         """Whether FFN2 and combine are interleaved."""
         return self.TAIL in self.segments
 
-    @property
+    @cached_property
     def has_ffn(self) -> bool:
         """Whether the list runs the experts."""
         return self.FFN2 in self.held
 
-    @property
+    @cached_property
     def has_shared(self) -> bool:
         """Whether it runs a shared expert."""
         return self.SHARED_FFN1 in self.held
 
-    @property
+    @cached_property
     def has_combine(self) -> bool:
         """Whether the list sums the rows of each token."""
         return self.COMBINE in self.held
 
-    @property
+    @cached_property
     def has_route(self) -> bool:
         """Whether the list chooses, checks or weighs."""
         return self.ROUTE in self.held
 
-    @property
+    @cached_property
     def makes_rows(self) -> bool:
         """Whether the launch sorts assignments into rows itself, and so counts its row tiles."""
         return self.SCATTER in self.held
 
-    @property
+    @cached_property
     def table_segment(self) -> int:
         """Place of the first segment that needs the row tables."""
         return self.segments.index(self.FFN1)
 
-    @property
+    @cached_property
     def weighs_late(self) -> bool:
         """Whether the combine has to wait for weights that no other wait of it implies."""
         return self.route == "replay" and self.has_route
 
     # Sizes.
 
-    @property
+    @cached_property
     def num_bins(self) -> int:
         """Classes assignments are counted in: slots if the caller names them, else experts."""
         return self.num_slots if self.split == "slot" else self.num_experts
 
-    @property
+    @cached_property
     def bins_pad(self) -> int:
         """Least power of two that holds the bins."""
         return max(16, triton.next_power_of_2(self.num_bins))
 
-    @property
+    @cached_property
     def experts_pad(self) -> int:
         """Least power of two that holds the experts."""
         return max(16, triton.next_power_of_2(self.num_experts))
 
-    @property
+    @cached_property
     def slots_pad(self) -> int:
         """Least power of two that holds the slots."""
         return max(16, triton.next_power_of_2(self.num_slots))
 
-    @property
+    @cached_property
     def top_k_pad(self) -> int:
         """Least power of two that holds a token's choices."""
         return triton.next_power_of_2(self.top_k)
 
-    @property
+    @cached_property
     def experts_per_group(self) -> int:
         """Experts in one of the router's groups."""
         return self.num_experts // self.router.num_groups
 
-    @property
+    @cached_property
     def prefix_blocks(self) -> int:
         """Prefix tasks of a launch that makes its rows."""
         return triton.cdiv(self.num_bins, self.PREFIX_BINS)
 
-    @property
+    @cached_property
     def i_blocks(self) -> int:
         """FFN1 tasks per row tile."""
         return triton.cdiv(self.intermediate, self.block_i)
 
-    @property
+    @cached_property
     def group_blocks(self) -> int:
         """FFN2 tasks per row tile and column group."""
         return triton.cdiv(triton.cdiv(self.hidden, self.block_h), self.column_groups)
 
-    @property
+    @cached_property
     def num_column_groups(self) -> int:
         """Column groups that hold a column: at most ``column_groups``."""
         return triton.cdiv(self.hidden, self.block_h * self.group_blocks)
 
-    @property
+    @cached_property
     def num_slices(self) -> int:
         """Slices of the shared expert, each as wide as a routed one; the last may be short."""
         return triton.cdiv(self.shared_width, self.intermediate)
 
-    @property
+    @cached_property
     def first_tile_counter(self) -> int:
         """Index of the first row tile's counter."""
         return self.FIRST_COLUMN_GROUP + self.num_column_groups
 
-    @property
+    @cached_property
     def combine_unroll(self) -> int:
         """Choices whose rows are loaded together."""
         return min(self.top_k, 8)
 
     # The shared expert's weights: slices are its experts, cut out of one matrix [J, H] or [H, J].
 
-    @property
+    @cached_property
     def shared_gate_up(self) -> WeightRule:
         """Gate and up, tensors of their own; slices lie one below the other."""
         stacked, I, H = 2 if self.expert.has_gate else 1, self.intermediate, self.hidden
@@ -209,7 +210,7 @@ class KernelSpec(Protocol):
             most_rows=self.shared_width if self.shared_width % I else 0,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def shared_down(self) -> WeightRule:
         """Slices lie side by side."""
         I, J = self.intermediate, self.shared_width
@@ -220,57 +221,57 @@ class KernelSpec(Protocol):
 
     # Shapes of tiles held in registers, as the device code names them.
 
-    @property
+    @cached_property
     def logits_tile(self) -> tuple[int, int]:
         """[block_tokens, block_experts]"""
         return self.block_tokens, self.block_experts
 
-    @property
+    @cached_property
     def tokens_row(self) -> tuple[int]:
         """[block_tokens]"""
         return (self.block_tokens,)
 
-    @property
+    @cached_property
     def choice_tile(self) -> tuple[int, int]:
         """[select_tokens, top_k_pad]"""
         return self.select_tokens, self.top_k_pad
 
-    @property
+    @cached_property
     def experts_row(self) -> tuple[int]:
         """[experts_pad]"""
         return (self.experts_pad,)
 
-    @property
+    @cached_property
     def groups_tile(self) -> tuple[int, int]:
         """[select_tokens, least power of two that holds the router's groups]"""
         return self.select_tokens, triton.next_power_of_2(self.router.num_groups)
 
-    @property
+    @cached_property
     def bins_tile(self) -> tuple[int, int]:
         """[select_tokens, bins_pad]"""
         return self.select_tokens, self.bins_pad
 
-    @property
+    @cached_property
     def bins_row(self) -> tuple[int]:
         """[bins_pad]"""
         return (self.bins_pad,)
 
-    @property
+    @cached_property
     def prefix_row(self) -> tuple[int]:
         """[PREFIX_BINS]"""
         return (self.PREFIX_BINS,)
 
-    @property
+    @cached_property
     def stacked_halves(self) -> tuple[int, int, int]:
         """[block_rows, gate or up, block_i]"""
         return self.block_rows, 2, self.block_i
 
-    @property
+    @cached_property
     def interleaved_halves(self) -> tuple[int, int, int]:
         """[block_rows, block_i, gate or up]"""
         return self.block_rows, self.block_i, 2
 
-    @property
+    @cached_property
     def combine_tile(self) -> tuple[int, int]:
         """[combine_tokens, block_h]"""
         return self.combine_tokens, self.block_h

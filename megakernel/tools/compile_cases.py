@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megakernel.calls import MoEOutput, given_call, routed_call
 from megakernel.config import SHIPPED, KernelConfig, default_height
 from megakernel.launch.call import Call, make_spec
+from megakernel.launch.collect import MoEOutput, given_call, routed_call
 from megakernel.plan.buffers import Rows, Slots
 from megakernel.plan.spec import KernelSpec
 from megakernel.tools.models import KIND_OF_MODEL, KINDS, MODELS, ModelShape

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from balance import Trace
-from balance.recorded.read import Routes, read
+from balance.formats import Routes, read
 from balance.recorded.synthetic import SyntheticConfig, make_trace, top_k_chance
 from megakernel.config import KernelConfig, LayerShape
 from megakernel.launch.tuned import config_on

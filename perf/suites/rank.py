@@ -10,7 +10,7 @@ import torch
 
 import megakernel
 from balance import Plan, Topology, Trace, make_plan
-from balance.compare.baselines import BASELINES
+from balance.baselines import BASELINES
 from balance.compare.report import Row, compare, measure_plan
 from balance.recorded.synthetic import SyntheticConfig, make_trace
 from megakernel.tools.models import MODELS, ModelShape
@@ -104,7 +104,7 @@ def played(bench: Bench, suite: str) -> Iterator[tuple[ModelShape, str, Trace]]:
         trace = recorded
     else:
         trace = recorded.pack(NUM_RANKS, TOKENS_OF_SUITE[suite])
-    trace = trace.with_source_ranks(trace.source_rank_T % NUM_RANKS)
+    trace = replace(trace, source_rank_T=trace.source_rank_T % NUM_RANKS)
     chosen = first_layer(trace) if suite == "makespan" else trace
     yield shape_of[num_experts, top_k], "trace", chosen
 

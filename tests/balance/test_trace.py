@@ -25,14 +25,10 @@ def make(num_tokens=6, num_layers=2, top_k=2, num_experts=5, seed=0, dtype=np.in
 def count_by_loop(trace, num_ranks):
     shape = (trace.num_micro_batches, trace.num_layers, num_ranks, trace.num_experts)
     load_BLRE = np.zeros(shape, int)
-    for t in range(trace.num_tokens):
-        if trace.row_mask_T is not None and not trace.row_mask_T[t]:
-            continue
-        for layer in range(trace.num_layers):
-            for expert in trace.ids_TLK[t, layer]:
-                if expert >= 0:
-                    place = (trace.micro_batch_T[t], layer, trace.source_rank_T[t], expert)
-                    load_BLRE[place] += 1
+    for (t, layer, _), expert in np.ndenumerate(trace.ids_TLK):
+        counted = trace.row_mask_T is None or trace.row_mask_T[t]
+        if counted and expert >= 0:
+            load_BLRE[trace.micro_batch_T[t], layer, trace.source_rank_T[t], expert] += 1
     return load_BLRE
 
 

@@ -1,7 +1,5 @@
 """Configs: what is legal, what is chosen, how a config travels through a custom op."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -47,10 +45,8 @@ def test_an_illegal_config_is_refused_with_the_rule(change, rule):
 
 
 @pytest.mark.parametrize("config", [*SHIPPED.values(), FLOAT32, INTERPRETER])
-def test_shipped_configs_are_legal_and_survive_the_custom_op(config):
+def test_shipped_configs_are_legal(config):
     assert why_illegal(config) is None
-    for one in (config, replace(config, record_times=True)):
-        assert KernelConfig.decode(one.encode()) == one
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_the_layout_in_memory_does_not_change_what_is_computed():
         down_EHI=down.mT.contiguous().mT,
         transposed=True,
     )
-    assert swapped.rule.gate_up_transposed and swapped.rule.down_transposed
+    assert swapped.gate_up.lies_upright and swapped.down.lies_upright
     first, second = (
         moe(upright.x_TH, upright.router_EH, experts, Router(K), config=SMALL).y_TH
         for experts in (upright.experts, swapped)

@@ -108,7 +108,7 @@ def test_without_a_config_a_replay_serves_any_height_and_sorts_once_for_each():
 def test_the_experts_to_come_decide_the_default_height(monkeypatch):
     inputs = make_inputs(SHAPES[0])
     ids_TK = torch.arange(inputs.case.K).repeat(inputs.case.T, 1)
-    monkeypatch.setattr("megakernel.replay.default_config", lambda *_: ROWS64)
+    monkeypatch.setattr("megakernel.api.default_config", lambda *_: ROWS64)
     assert prepare_replay(ids_TK, inputs.case.E, experts=inputs.experts).block_rows == 64
     assert prepare_replay(ids_TK, inputs.case.E).block_rows == INTERPRETER.block_rows
 

@@ -20,5 +20,5 @@ def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path) -> None:
 def test_each_adapter_has_a_page_that_says_what_was_tried() -> None:
     adapters = {"transformers", "megatron", "torchtitan"}
     pages = {page.stem: page.read_text() for page in PAGES}
-    assert adapters | {"serving"} <= set(pages)
+    assert adapters <= set(pages)
     assert {name for name in adapters if "**not tried, unmeasured**" not in pages[name]} == set()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import megakernel.api
+import megakernel.launch.op
 from megakernel import Placement
 from megakernel.adapters.transformers import (
     record_routing,
@@ -78,8 +78,8 @@ def test_a_block_is_one_launch_and_calls_none_of_its_modules(
 ) -> None:
     model = use_megakernel(make(family))
     launches, called = [], []
-    launch = megakernel.api.launch
-    monkeypatch.setattr(megakernel.api, "launch", lambda *a: launches.append(launch(*a)))
+    launch = megakernel.launch.op.launch
+    monkeypatch.setattr(megakernel.launch.op, "launch", lambda call: launches.append(launch(call)))
     for block in blocks_of(model):
         for module in list(block.modules())[1:]:
             module.register_forward_pre_hook(lambda module, _: called.append(type(module)))

@@ -1,31 +1,44 @@
 """Every picture is drawn from rows that a suite could have written."""
 
+from itertools import product
+
 from perf.measuring.measure import Timing
 from perf.results.record import make_row
 from perf.results.report import draw_all, format_tables
 
+MODES, PROVIDERS = ("graph", "eager"), ("ours live", "grouped_mm")
+
 
 def rows_of_all_suites():
-    rows = []
-    for mode in ("graph", "eager"):
-        for place, provider in enumerate(("ours live", "grouped_mm")):
-            for T in (8, 64, 1024):
-                us = 10.0 * (place + 1) + T / 10
-                timing = Timing(us, us * 0.9, us * 1.2, 10)
-                for suite in ("forward", "decode", "replay"):
-                    shared = (suite, "tiny/uniform", provider, T, mode)
-                    rows.append(make_row(*shared, "time", "us", timing))
-                    rows.append(make_row(*shared, "rate", "TFLOP/s", timing.inverse(1e4)))
-                    rows.append(make_row(*shared, "traffic", "GB/s", timing.inverse(1e5)))
-            for name in ("balanced", "zipf"):
-                ratio = Timing.exact(1.0 + place)
-                rows.append(make_row("skew", f"tiny/{name}", provider, 64, mode,
-                                     "time over balanced", "ratio", ratio))  # fmt: skip
+    return [*rows_of_layers(), *rows_of_skew(), *rows_of_makespan()]
+
+
+def rows_of_layers():
+    suites = ("forward", "decode", "replay")
+    for mode, (place, provider), T, suite in product(
+        MODES, enumerate(PROVIDERS), (8, 64, 1024), suites
+    ):
+        us = 10.0 * (place + 1) + T / 10
+        timing = Timing(us, us * 0.9, us * 1.2, 10)
+        shared = (suite, "tiny/uniform", provider, T, mode)
+        yield make_row(*shared, "time", "us", timing)
+        yield make_row(*shared, "rate", "TFLOP/s", timing.inverse(1e4))
+        yield make_row(*shared, "traffic", "GB/s", timing.inverse(1e5))
+
+
+def rows_of_skew():
+    for mode, (place, provider), name in product(
+        MODES, enumerate(PROVIDERS), ("balanced", "zipf")
+    ):
+        shared = ("skew", f"tiny/{name}", provider, 64, mode)
+        yield make_row(*shared, "time over balanced", "ratio", Timing.exact(1.0 + place))
+
+
+def rows_of_makespan():
     for place, method in enumerate(("contiguous", "our plan", "ideal even")):
         timing = Timing(30.0 - place, 28.0 - place, 33.0, 8)
-        rows.append(make_row("makespan", "tiny/synthetic", method, 64, "predicted",
-                             "slowest rank", "us", timing))  # fmt: skip
-    return rows
+        shared = ("makespan", "tiny/synthetic", method, 64, "predicted")
+        yield make_row(*shared, "slowest rank", "us", timing)
 
 
 def test_every_picture_is_drawn(tmp_path):

@@ -44,7 +44,7 @@ def test_no_task_starts_before_what_it_waits_for(num_tokens, workers, groups, ro
     found = simulate(launch, constant_costs())
     signals: dict[int, list[float]] = {}
     for n, task in enumerate(schedule.tasks()):
-        for counter, least in schedule.waits(task):
+        for counter, least in schedule.waits(n):
             assert len(signals[counter]) == least
             assert found.start_N[n] >= max(signals[counter])
         if (counter := schedule.signal(task)) is not None:
@@ -69,7 +69,7 @@ def test_one_worker_takes_the_sum_of_everything():
     launch = make_launch(TINY, 32, np.full(8, 8), replace(SMALL, num_workers=1), "replay")
     tasks = list(launch.schedule.tasks())
     found = simulate(launch, constant_costs(2.0))
-    polls = sum(len(launch.schedule.waits(task)) for task in tasks)
+    polls = sum(len(launch.schedule.waits(n)) for n in range(len(tasks)))
     signals = sum(launch.schedule.signal(task) is not None for task in tasks)
     by_hand = (
         len(tasks) * (H200.claim_us + 2.0)

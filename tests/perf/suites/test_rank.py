@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balance import Topology, Trace, make_plan
-from balance.recorded.read import Routes, write_npz
+from balance.formats import Routes, write_npz
 from perf.measuring.measure import Protocol
 from perf.problems.cases import GPT_OSS_20B, TINY
 from perf.suites.bench import Bench
