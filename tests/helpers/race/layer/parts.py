@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megakernel import KernelConfig, prepare_replay
-from megakernel.launch.collect import shared_of, slots_of, tensors_of
 from megakernel.launch.call import Call, CallRule
+from megakernel.launch.collect import shared_of, slots_of, tensors_of
 from megakernel.launch.run import launch as run
 from megakernel.plan.buffers import Buffers, Routing, Rows, Scratch
 from megakernel.plan.rules import RouterRule
