@@ -1,0 +1,1 @@
+"""The kernel weakened on purpose, as the check of the race check."""
