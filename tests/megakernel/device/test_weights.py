@@ -40,7 +40,7 @@ def expected_of(matrices: torch.Tensor, row: int, column: int = 0) -> torch.Tens
     return whole
 
 
-# Whether it lies transposed, its height and width, and whether its rows in memory fit a descriptor.
+# Transposed in memory, height, width, and whether its rows there fit a descriptor.
 LAYOUTS = {
     "plain": (False, 20, 50, False),
     "transposed": (True, 21, 52, False),
