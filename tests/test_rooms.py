@@ -36,6 +36,7 @@ ARROWS = {
     "launch": {*BELOW_LAUNCH, "launch", "device", "hopper"},
     "autograd": {*BELOW_LAUNCH, "launch"},
     "api": BELOW_API,
+    "stages": {*BELOW_API, "api"},
     "ranks": {*BELOW_API, "api", "ranks"},
     "adapters": {*CHECKS, *RECORDS, "api", "ranks", "losses", "adapters"},
     "tools": {*BELOW_API, "api", "device", "hopper", "tools"},

@@ -1,4 +1,4 @@
-"""Configs: what is legal, what is chosen, how a config travels through a custom op."""
+"""Configs: what is legal, what is chosen."""
 
 import pytest
 import torch
@@ -9,8 +9,6 @@ from megakernel.config import (
     SHIPPED,
     KernelConfig,
     default_height,
-    resolve_polls,
-    resolve_workers,
     usual_rows,
     why_illegal,
 )
@@ -58,10 +56,3 @@ def test_the_usual_height_follows_rows_per_expert(rows_per_expert, name):
     assert default_height(rows_per_expert * 8, 8) == name
     assert usual_rows(rows_per_expert * 8, 8, GPU) == SHIPPED[name].block_rows
     assert usual_rows(rows_per_expert * 8, 8, CPU) == INTERPRETER.block_rows
-
-
-def test_workers_and_polls_are_taken_as_given_or_from_the_device():
-    assert resolve_workers(KernelConfig(num_workers=5), CPU) == 5
-    assert resolve_workers(KernelConfig(), CPU) == 1
-    assert resolve_polls(KernelConfig(max_polls=9), GPU) == 9
-    assert resolve_polls(KernelConfig(), GPU) > 1_000_000 > resolve_polls(KernelConfig(), CPU)

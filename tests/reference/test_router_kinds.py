@@ -41,7 +41,7 @@ def test_groups_are_chosen_by_corrected_scores_and_weights_are_not_corrected():
     correction_E = torch.tensor([0.0, 0.0, 1.0, 1.0])
     out = route(
         torch.ones(1, 1).double(), logits_TE.T.contiguous(), 2, renormalize=False,
-        kind="sigmoid", correction_bias_E=correction_E, num_groups=2, top_groups=1,
+        kind="sigmoid", correction_bias_E=correction_E, groups=(2, 1),
     )  # fmt: skip
     assert out.expert_of_TK.tolist() == [[2, 3]]
     torch.testing.assert_close(out.gate_TK, torch.tensor([[0.3, 0.2]]).double())
