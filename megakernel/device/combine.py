@@ -5,13 +5,12 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import rounded
 from megakernel.device.shared import shared_sum
-from megakernel.plan.order import count_shared_tiles
 
 
 @triton.jit
 def routed_sum(b, token, exists, column, size, C: tl.constexpr):
     """Return the sum over k of gate · y row, in k order, float32 [combine_tokens, block_h]."""
-    first_row = count_shared_tiles(size, C) * C.block_rows
+    first_row = size.shared_tiles * C.block_rows
     inside = (column < C.hidden)[None, :]
     acc = tl.full(C.combine_tile, 0.0, tl.float32)
     # Unrolled, the loads of several choices are in flight at once; the sum keeps its order.

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from megakernel.device.queue import record_error
-from megakernel.plan.order import count_shared_tiles, count_token_tiles
 
 _GREATEST = tl.constexpr((1 << 31) - 1)
 
@@ -99,7 +98,7 @@ def prefix_bins(block, b, size, C: tl.constexpr):
     """Turn the tiles' counts of some bins into first ordinals, in place, and write the totals."""
     base_GB = b.scratch.base_GB
     bin_index = block * C.PREFIX_BINS + tl.arange(0, C.PREFIX_BINS)
-    token_tiles = count_token_tiles(size, C)
+    token_tiles = size.token_tiles
     total = tl.full(C.prefix_row, 0, tl.int32)
     for first_tile in range(0, token_tiles, 32):
         tile = first_tile + tl.arange(0, 32)
@@ -191,13 +190,13 @@ def scatter_tile(tile, b, size, C: tl.constexpr):
     the number of row tiles. Every task derives the slots' first tiles for itself, which is cheaper
     than one more wait.
     """
-    token_tiles = count_token_tiles(size, C)
+    token_tiles = size.token_tiles
     num_rows = rows_per_slot(b, size.capacity, C)
     slot_tiles = tl.cdiv(num_rows, C.block_rows)
     tile_start = tl.cumsum(slot_tiles, 0) - slot_tiles
     num_tiles = tl.sum(slot_tiles, 0)
     if tile == 0:
-        tl.store(b.scratch.num_tiles_1, count_shared_tiles(size, C) + num_tiles)
+        tl.store(b.scratch.num_tiles_1, size.shared_tiles + num_tiles)
         if b.routing.load_E is not None:
             store_load(b, C)
     own_start = b.scratch.tile_start_GP + tile.to(tl.int64) * C.slots_pad

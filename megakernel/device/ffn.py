@@ -5,7 +5,6 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import activated, dot, rounded
 from megakernel.device.weights import load_bias, load_weight
-from megakernel.plan.order import count_shared_tiles
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def ffn1_tile(tile, block, gate_up_E2IH, b, size, C: tl.constexpr):
     Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI.
     """
     W: tl.constexpr = C.gate_up
-    routed_tile = tile - count_shared_tiles(size, C)
+    routed_tile = tile - size.shared_tiles
     row = tl.arange(0, C.block_rows)
     inside = row < tl.load(b.rows.rows_of_tile + routed_tile)
     expert = tl.load(b.rows.expert_of_tile + routed_tile)
@@ -91,7 +90,7 @@ def ffn2_tile(tile, block, down_EHI, b, size, C: tl.constexpr):
     W: tl.constexpr = C.down
     first_row = block * C.block_h
     if first_row < C.hidden:
-        routed_tile = tile - count_shared_tiles(size, C)
+        routed_tile = tile - size.shared_tiles
         row = tl.arange(0, C.block_rows)
         inside = row < tl.load(b.rows.rows_of_tile + routed_tile)
         expert = tl.load(b.rows.expert_of_tile + routed_tile)

@@ -17,8 +17,7 @@ from megakernel.device.queue import (
 )
 from megakernel.device.route import route_tile
 from megakernel.device.shared import shared_ffn1_tile, shared_ffn2_tile
-from megakernel.plan.buffers import Sizes
-from megakernel.plan.order import count_tasks, first_table_task
+from megakernel.plan.order import count_tasks, first_table_task, sizes_of
 
 
 @triton.jit(
@@ -38,7 +37,7 @@ def moe_kernel(
     Order: see plan/order.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
-    size = Sizes(num_tokens, num_tiles, capacity, seed)
+    size = sizes_of(num_tokens, num_tiles, capacity, seed, C)
     num_tasks = count_tasks(size, C)  # of a launch that makes its rows, the most there can be
     tables_from = num_tasks
     if C.makes_rows:
@@ -49,7 +48,7 @@ def moe_kernel(
         if C.makes_rows and task >= tables_from:
             tables_from = num_tasks  # what a worker has once acquired stays visible to it
             num_tiles = count_made_tiles(task, b, size, max_polls, C)
-            size = Sizes(num_tokens, max(num_tiles, 0), capacity, seed)
+            size = sizes_of(num_tokens, max(num_tiles, 0), capacity, seed, C)
             num_tasks = count_tasks(size, C) if num_tiles >= 0 else 0
         kind, tile, block = ready_task(task, num_tasks, b, size, max_polls, C)
         # Comparisons of order between those of equality: a chain of four equal ones would compile

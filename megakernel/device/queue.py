@@ -107,7 +107,7 @@ def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
 
     There is nothing to do past the end of the list, and where a wait gave up.
     """
-    NUMBERS: tl.constexpr = C.MOST_WAITS
+    NUMBERS: tl.constexpr = C.num_waits
     kind, tile, block = task_of(tl.where(task < num_tasks, task, 0), size, C)
     kind = tl.where(task < num_tasks, kind, -1)
     for number in tl.static_range(NUMBERS):

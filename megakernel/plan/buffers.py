@@ -120,12 +120,15 @@ class Buffers(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The integers of a launch."""
+    """The integers of a launch, and what follows from them; made by ``order.sizes_of``."""
 
     num_tokens: int  # T
     num_tiles: int  # row tiles, those of the shared expert among them
-    capacity: int = 0
-    seed: int = 0
+    capacity: int
+    seed: int
+    token_tiles: int  # of route and scatter
+    combine_tiles: int  # token tiles of one column group's combine
+    shared_tiles: int  # row tiles of the shared expert, which come before all others
 
 
 def flatten(record: tuple, prefix: str = "") -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from random import Random
 import torch
 
 from megakernel.plan import machine_ffn, machine_routing
-from megakernel.plan.buffers import Buffers, Sizes
+from megakernel.plan.buffers import Buffers
 from megakernel.plan.machine_memory import Memory
 from megakernel.plan.order import plain
 from megakernel.plan.protocol import Protocol
@@ -74,7 +74,7 @@ class Machine:
         self.schedule = Schedule(spec, num_tokens, num_tiles)
         self.tables_from = self.schedule.first_table_task
         self.table_wait = plain.table_wait_of(self.schedule.size, spec)
-        size = Sizes(num_tokens, num_tiles, capacity, seed)
+        size = plain.sizes_of(num_tokens, num_tiles, capacity, seed, spec)
         self.memory = Memory(arguments, self.schedule, size, wide)
         self.signals: Counter[int] = Counter()
         self.awaited: dict[int, int] = {}

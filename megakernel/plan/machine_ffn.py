@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad, relu, silu
 
 from megakernel.plan.machine_memory import Memory, columns_of, span, tokens_of
-from megakernel.plan.order import plain
 from megakernel.plan.rules import ExpertRule
 
 
@@ -34,7 +33,7 @@ def activated(gate_CI: Tensor | None, up_CI: Tensor, rule: ExpertRule) -> Tensor
 
 def filled_rows(m: Memory, tile: int) -> tuple[slice, slice, int]:
     """Return a routed row tile's rows in the tables, its rows in h_CI and y_CH, its expert."""
-    routed_tile = tile - plain.count_shared_tiles(m.size, m.spec)
+    routed_tile = tile - m.size.shared_tiles
     height = m.spec.block_rows
     filled = int(m.read("rows.rows_of_tile", routed_tile))
     rows = slice(routed_tile * height, routed_tile * height + filled)
@@ -118,7 +117,7 @@ def combine(m: Memory, tile: int, group: int) -> None:
     """Sum each token's weighted rows in k order, then the shared expert's, for a column group."""
     spec = m.spec
     columns = columns_of(group, spec.group_blocks * spec.block_h, spec.hidden)
-    first_row = plain.count_shared_tiles(m.size, spec) * spec.block_rows
+    first_row = m.size.shared_tiles * spec.block_rows
     padded_tokens = -(-m.size.num_tokens // spec.block_rows) * spec.block_rows
     for token in tokens_of(m, tile, spec.combine_tokens):
         total_H = torch.zeros(columns.stop - columns.start, dtype=m.wide)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megakernel.plan.machine_memory import Memory, columns_of, span, tokens_of
-from megakernel.plan.order import plain
 from megakernel.plan.rules import RouterRule
 from megakernel.plan.spec import KernelSpec
 
@@ -166,11 +165,11 @@ def scatter(m: Memory, tile: int, _: int) -> None:
     padded_P = pad(start_P, (0, spec.slots_pad - spec.num_slots), value=num_tiles)
     m.write("scratch.tile_start_GP", tile, padded_P)
     if tile == 0:
-        m.write("scratch.num_tiles_1", (), plain.count_shared_tiles(m.size, spec) + num_tiles)
+        m.write("scratch.num_tiles_1", (), m.size.shared_tiles + num_tiles)
         if "routing.load_E" in m:
             m.write("routing.load_E", (), load_of(m))
     slot_of_tile = torch.repeat_interleave(tiles_P)
-    share = -(-num_tiles // plain.count_token_tiles(m.size, spec))
+    share = -(-num_tiles // m.size.token_tiles)
     for row_tile in range(tile * share, min((tile + 1) * share, num_tiles)):
         slot = int(slot_of_tile[row_tile])
         left = int(rows_P[slot]) - (row_tile - int(start_P[slot])) * spec.block_rows

@@ -22,23 +22,16 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-
-@triton.jit
-def count_token_tiles(size, C: tl.constexpr):
-    """Return the token tiles of route and scatter."""
-    return tl.cdiv(size.num_tokens, C.block_tokens)
+from megakernel.plan.buffers import Sizes
 
 
 @triton.jit
-def count_combine_tiles(size, C: tl.constexpr):
-    """Return the token tiles of one column group's combine."""
-    return tl.cdiv(size.num_tokens, C.combine_tokens)
-
-
-@triton.jit
-def count_shared_tiles(size, C: tl.constexpr):
-    """Return the row tiles of the shared expert, which come before all others."""
-    return C.num_slices * tl.cdiv(size.num_tokens, C.block_rows)
+def sizes_of(num_tokens, num_tiles, capacity, seed, C: tl.constexpr):
+    """Return the integers of a launch, with those that tasks would work out again and again."""
+    token_tiles = tl.cdiv(num_tokens, C.block_tokens)
+    combine_tiles = tl.cdiv(num_tokens, C.combine_tokens)
+    shared_tiles = C.num_slices * tl.cdiv(num_tokens, C.block_rows)
+    return Sizes(num_tokens, num_tiles, capacity, seed, token_tiles, combine_tiles, shared_tiles)
 
 
 @triton.jit
@@ -50,21 +43,20 @@ def count_counters(size, C: tl.constexpr):
 @triton.jit
 def count_of(SEGMENT: tl.constexpr, size, C: tl.constexpr):
     """Return how many tasks a segment has."""
-    num_ffn2 = size.num_tiles * C.group_blocks * C.num_column_groups
-    num_combine = count_combine_tiles(size, C) * C.num_column_groups
-    num_tasks = num_ffn2 + num_combine  # of TAIL
-    if SEGMENT == C.FFN2:
-        num_tasks = num_ffn2
-    elif SEGMENT == C.COMBINE:
-        num_tasks = num_combine
-    elif SEGMENT == C.PREFIX:
+    if SEGMENT == C.PREFIX:
         num_tasks = C.prefix_blocks
     elif (SEGMENT == C.ROUTE) | (SEGMENT == C.SCATTER):
-        num_tasks = count_token_tiles(size, C)
+        num_tasks = size.token_tiles
     elif SEGMENT == C.SHARED_FFN1:
-        num_tasks = count_shared_tiles(size, C) * C.i_blocks
+        num_tasks = size.shared_tiles * C.i_blocks
     elif SEGMENT == C.FFN1:
-        num_tasks = (size.num_tiles - count_shared_tiles(size, C)) * C.i_blocks
+        num_tasks = (size.num_tiles - size.shared_tiles) * C.i_blocks
+    elif SEGMENT == C.FFN2:
+        num_tasks = size.num_tiles * C.all_h_blocks
+    elif SEGMENT == C.COMBINE:
+        num_tasks = size.combine_tiles * C.num_column_groups
+    else:  # TAIL
+        num_tasks = size.num_tiles * C.all_h_blocks + size.combine_tiles * C.num_column_groups
     return num_tasks
 
 
@@ -98,10 +90,10 @@ def phase_of(task, size, C: tl.constexpr):
     index = task
     start = 0
     PLACES: tl.constexpr = C.num_segments
-    for place in tl.static_range(PLACES):
+    for place in tl.static_range(1, PLACES):
+        start += count_of(C.segments[place - 1], size, C)
         segment = tl.where(task >= start, C.segments[place], segment)
         index = tl.where(task >= start, task - start, index)
-        start += count_of(C.segments[place], size, C)
     return segment, index
 
 
@@ -119,7 +111,7 @@ def tile_of(index, num_tiles, num_blocks, tile_group):
 def tail_of(index, size, C: tl.constexpr):
     """Return (is_combine, column group, index within that group's FFN2 or combine tasks)."""
     num_ffn2 = size.num_tiles * C.group_blocks
-    num_combine = count_combine_tiles(size, C)
+    num_combine = size.combine_tiles
     both = num_ffn2 + num_combine
     group = (index + num_combine) // both
     within = index - max(group * both - num_combine, 0)
@@ -146,7 +138,7 @@ def ffn2_of(group, index, size, C: tl.constexpr):
     kind = C.FFN2
     tile, block = tile_of(index, size.num_tiles, C.group_blocks, C.tile_group)
     if C.num_slices > 0:  # noqa: SIM102  (known when compiling; the next is not)
-        if tile < count_shared_tiles(size, C):
+        if tile < size.shared_tiles:
             kind = C.SHARED_FFN2
     return kind, tile, group * C.group_blocks + block
 
@@ -163,17 +155,17 @@ def task_of(task, size, C: tl.constexpr):
         else:
             kind, tile, block = ffn2_of(group, index, size, C)
     elif kind == C.FFN1:
-        first = count_shared_tiles(size, C)
+        first = size.shared_tiles
         tile, block = tile_of(tile, size.num_tiles - first, C.i_blocks, C.tile_group)
         tile += first
     elif C.has_shared and kind == C.SHARED_FFN1:
-        tile, block = tile_of(tile, count_shared_tiles(size, C), C.i_blocks, C.tile_group)
+        tile, block = tile_of(tile, size.shared_tiles, C.i_blocks, C.tile_group)
     elif C.has_ffn and not C.has_tail and kind == C.FFN2:
         per_group = size.num_tiles * C.group_blocks
         kind, tile, block = ffn2_of(tile // per_group, tile % per_group, size, C)
     elif C.has_combine and not C.has_tail and kind == C.COMBINE:
-        block = tile // count_combine_tiles(size, C)
-        tile = tile % count_combine_tiles(size, C)
+        block = tile // size.combine_tiles
+        tile = tile % size.combine_tiles
     return kind, tile, block
 
 
@@ -181,7 +173,7 @@ def task_of(task, size, C: tl.constexpr):
 def table_wait_of(size, C: tl.constexpr):
     """Return (counter, least value) that a worker waits for ahead of its first table task."""
     counter = C.SCATTER_DONE
-    return counter, count_token_tiles(size, C)
+    return counter, size.token_tiles
 
 
 @triton.jit
@@ -193,7 +185,7 @@ def wait_of(NUMBER: tl.constexpr, kind, tile, block, size, C: tl.constexpr):
     awaited once by each worker, see :func:`table_wait_of`. Selections, since branches on the kind
     would compile to a jump through a table.
     """
-    token_tiles = count_token_tiles(size, C)
+    token_tiles = size.token_tiles
     late = (kind == C.COMBINE) & C.weighs_late
     counter = C.ROUTE_DONE
     least = tl.where(late, token_tiles, 0)
@@ -232,7 +224,7 @@ def as_python(jitted: dict[str, JITFunction | InterpretedFunction]) -> SimpleNam
     They see one another, and the few words of Triton's language that they use mean their Python.
     """
     language = SimpleNamespace(cdiv=triton.cdiv, static_range=range, where=_where)
-    names: dict[str, object] = {"tl": language}
+    names: dict[str, object] = {"tl": language, "Sizes": Sizes}
     for name, function in jitted.items():
         names[name] = FunctionType(inspect.unwrap(function.fn).__code__, names, name)
     return SimpleNamespace(**names)

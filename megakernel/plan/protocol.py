@@ -29,7 +29,6 @@ class Protocol:
     FFN2: ClassVar[int] = 6
     COMBINE: ClassVar[int] = 7
     TAIL: ClassVar[int] = 8
-    MOST_WAITS: ClassVar[int] = 2  # counters a task waits for
 
     # Counters, in the order they lie in memory; column groups and row tiles follow.
     CLAIM: ClassVar[int] = 0

@@ -36,22 +36,22 @@ class Schedule:
     @cached_property
     def size(self) -> Sizes:
         """The integers that the order depends on."""
-        return Sizes(self.num_tokens, self.num_tiles)
+        return plain.sizes_of(self.num_tokens, self.num_tiles, 0, 0, self.spec)
 
     @property
     def token_tiles(self) -> int:
         """Route tasks, and scatter tasks."""
-        return plain.count_token_tiles(self.size, self.spec)
+        return self.size.token_tiles
 
     @property
     def combine_tiles(self) -> int:
         """Combine tasks per column group."""
-        return plain.count_combine_tiles(self.size, self.spec)
+        return self.size.combine_tiles
 
     @property
     def shared_tiles(self) -> int:
         """Row tiles of the shared expert: the first ones."""
-        return plain.count_shared_tiles(self.size, self.spec)
+        return self.size.shared_tiles
 
     @property
     def num_tasks(self) -> int:
@@ -84,7 +84,7 @@ class Schedule:
         if task_id >= self.first_table_task:
             asked.append(plain.table_wait_of(self.size, self.spec))
         task = self.task(task_id)
-        for number in range(self.spec.MOST_WAITS):
+        for number in range(self.spec.num_waits):
             place = (task.kind, task.tile, task.block)
             asked.append(plain.wait_of(number, *place, self.size, self.spec))
         return [(counter, least) for counter, least in asked if least > 0]

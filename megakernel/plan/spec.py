@@ -132,6 +132,11 @@ class KernelSpec(Protocol):
         """Whether the combine has to wait for weights that no other wait of it implies."""
         return self.route == "replay" and self.has_route
 
+    @cached_property
+    def num_waits(self) -> int:
+        """Counters that a task of the list waits for at most, its row tables apart."""
+        return 2 if self.weighs_late else 1
+
     # Sizes.
 
     @cached_property
@@ -183,6 +188,11 @@ class KernelSpec(Protocol):
     def num_column_groups(self) -> int:
         """Column groups that hold a column: at most ``column_groups``."""
         return triton.cdiv(self.hidden, self.block_h * self.group_blocks)
+
+    @cached_property
+    def all_h_blocks(self) -> int:
+        """FFN2 tasks per row tile; those past H do nothing."""
+        return self.num_column_groups * self.group_blocks
 
     @cached_property
     def num_slices(self) -> int:

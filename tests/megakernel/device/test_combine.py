@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 
 from megakernel.device.combine import combine_tile
-from megakernel.plan.buffers import Buffers, Routing, Rows, Scratch, Sizes
+from megakernel.plan.buffers import Buffers, Routing, Rows, Scratch
+from megakernel.plan.order import sizes_of
 from tests.helpers.far import FAR_ROW, WIDTH, as_row, reserve
 from tests.helpers.specs import PLAIN_SPEC
 
 
 @triton.jit
 def combine_kernel(b, C: tl.constexpr):
-    combine_tile(0, 0, b, Sizes(1, 0, 0, 0), C)
+    combine_tile(0, 0, b, sizes_of(1, 0, 0, 0, C), C)
 
 
 def test_combine_reads_rows_past_2_to_the_31_elements():

@@ -10,12 +10,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.plan.buffers import Sizes
 from megakernel.plan.forward import SEGMENTS
 from megakernel.plan.order import (
     count_tasks,
     first_table_task,
     signal_of,
+    sizes_of,
     table_wait_of,
     task_of,
     wait_of,
@@ -141,7 +141,7 @@ WORDS = 8  # kind, tile, block, two waits, signal
 @triton.jit
 def list_kernel(ids, num_ids, out, num_tokens, num_tiles, WORDS: tl.constexpr, C: tl.constexpr):
     """Write the length of the list, where the row tables come in, and what some task ids are."""
-    size = Sizes(num_tokens, num_tiles, 0, 0)
+    size = sizes_of(num_tokens, num_tiles, 0, 0, C)
     tl.store(out, count_tasks(size, C))
     if C.makes_rows:
         counter, least = table_wait_of(size, C)
@@ -154,7 +154,7 @@ def list_kernel(ids, num_ids, out, num_tokens, num_tiles, WORDS: tl.constexpr, C
         tl.store(place, kind)
         tl.store(place + 1, tile)
         tl.store(place + 2, block)
-        for number in tl.static_range(C.MOST_WAITS):
+        for number in tl.static_range(2):
             counter, least = wait_of(number, kind, tile, block, size, C)
             tl.store(place + 3 + 2 * number, counter)
             tl.store(place + 4 + 2 * number, least)

@@ -30,7 +30,7 @@ SAY_SO = "        signal_task(kind, tile, block, b, C)\n"
 ORDERED = [
     Mutant("every awaited value of the order is 1", UNSURE, (
         (WAIT_OF, "return counter, least", "return counter, tl.where(least > 0, 1, 0)"),
-        (TABLE_WAIT_OF, "return counter, count_token_tiles(size, C)", "return counter, 1"),
+        (TABLE_WAIT_OF, "return counter, size.token_tiles", "return counter, 1"),
     ), sampled=True),
     weak("FFN2 awaits nothing", "tl.where(is_ffn2, C.i_blocks, least)",
          "tl.where(is_ffn2, 0, least)", "h_CI", sampled=True),
@@ -69,8 +69,8 @@ WAITS = [
     weak("scatter awaits route tasks", "C.PREFIX_DONE, C.ROUTE_DONE", "C.ROUTE_DONE, C.ROUTE_DONE",
          "total_B"),
     edited("row tables await one scatter task less", f"rows_of_tile.*{UNSURE}", TABLE_WAIT_OF,
-           "return counter, count_token_tiles(size, C)",
-           "return counter, count_token_tiles(size, C) - 1"),
+           "return counter, size.token_tiles",
+           "return counter, size.token_tiles - 1"),
     edited("row tables await more than comes", STALLS, TABLE_WAIT_OF, "C.SCATTER_DONE",
            "C.PREFIX_DONE"),
     weak("FFN2 awaits one block of I less", "tl.where(is_ffn2, C.i_blocks, least)",
