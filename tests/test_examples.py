@@ -13,6 +13,7 @@ from tests.helpers.sources import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MOST_LINES = 39
+QUICK = {"layer", "plan"}  # of `make test`
 
 
 def promised(source: str) -> list[str]:
@@ -38,7 +39,13 @@ def run_example(path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
+        for path in EXAMPLES
+    ],
+)
 def test_an_example_prints_what_it_promises(path: Path) -> None:
     promise = promised(path.read_text())
     done = run_example(path)

@@ -106,8 +106,11 @@ def test_an_unused_comparison_is_found(source: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("beside", "test", "status"),
-    [("this", "pass", 0), ("no_such_module", "pass", 1), ("this", "assert 0", 1)],
-    ids=["both pass", "the other fails", "the test fails"],
+    [
+        pytest.param("this", "pass", 0, id="both pass", marks=pytest.mark.slow),
+        pytest.param("no_such_module", "pass", 1, id="the other fails"),
+        pytest.param("this", "assert 0", 1, id="the test fails", marks=pytest.mark.slow),
+    ],
 )
 def test_what_runs_beside_the_tests_fails_with_them_and_leaves_pytest_the_last_word(
     beside: str, test: str, status: int, tmp_path: Path

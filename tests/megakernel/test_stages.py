@@ -151,6 +151,7 @@ def test_bad_arguments_of_combine_rows_are_refused():
         assert_refused(lambda arguments=arguments: combine_rows(*arguments), message)
 
 
+@pytest.mark.slow
 def test_each_stage_compiles_for_the_gpu():
     model = MODELS["OLMoE"]
     cases = [CompileCase("rows128", model, "replay", stages=stages) for stages in STAGES[1:]]

@@ -33,13 +33,17 @@ TINY = ["--model", "tiny", "--tokens", "8"]
 @pytest.mark.parametrize(
     ("package", "argv"),
     [
-        ("matplotlib", ["report", *TINY]),
-        ("matplotlib", ["simulate", *TINY, "--plot", "x.png"]),
-        ("tqdm", ["simulate", *TINY, "--search", "1"]),
-        ("tqdm", ["demo"]),
-        ("safetensors", ["demo"]),
+        pytest.param("matplotlib", ["report", *TINY], id="report"),
+        *(
+            pytest.param(package, argv, id=name, marks=pytest.mark.slow)
+            for name, package, argv in (
+                ("plot", "matplotlib", ["simulate", *TINY, "--plot", "x.png"]),
+                ("search", "tqdm", ["simulate", *TINY, "--search", "1"]),
+                ("demo without tqdm", "tqdm", ["demo"]),
+                ("demo without safetensors", "safetensors", ["demo"]),
+            )
+        ),
     ],
-    ids=["report", "plot", "search", "demo without tqdm", "demo without safetensors"],
 )
 def test_a_missing_package_is_one_line(package, argv, tmp_path):
     if argv[0] == "report":

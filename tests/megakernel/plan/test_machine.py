@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from megakernel.launch.call import Call, make_spec
@@ -58,6 +59,25 @@ def assert_close(name: str, *, actual: Tensor, expected: Tensor, written: Tensor
         assert torch.equal(actual, expected), name
 
 
+# In `make test` one dialect of each sort; `make test-all` runs every one.
+SAMPLE = {
+    "live", "given-even", "given-slot", "replay-even", "odd-widths", "deepseek", "capacity-even",
+    "gshard", "gpt-oss", "bfloat16", "shared-live", "rows-replay", "rows-given", "combine",
+}  # fmt: skip
+
+
+def sampled(dialects: list[Dialect]) -> list[ParameterSet]:
+    """Return the dialects as parameters, those outside of the sample marked slow."""
+    return [
+        pytest.param(one, id=one.name, marks=[] if one.name in SAMPLE else pytest.mark.slow)
+        for one in dialects
+    ]
+
+
+def test_the_sample_is_of_dialects() -> None:
+    assert {one.name for one in DIALECTS} >= SAMPLE
+
+
 def test_every_list_has_a_dialect() -> None:
     assert {(one.stages, one.route) for one in DIALECTS} == SEGMENTS.keys()
     assert all(one.reason for one in DIALECTS)
@@ -76,7 +96,7 @@ def assert_same_buffers(call: Call) -> None:
             assert_same_bits(actual=found, expected=expected)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
+@pytest.mark.parametrize("dialect", sampled(DIALECTS))
 def test_the_kernel_leaves_in_every_buffer_what_the_machine_does(dialect: Dialect) -> None:
     assert_same_buffers(make_dialect(dialect))
 
@@ -108,7 +128,7 @@ NUM_AWAITED = {
 WAITING = [one for one in DIALECTS if one.stages != "combine" and one.skip != "all"]
 
 
-@pytest.mark.parametrize("dialect", WAITING, ids=[one.name for one in WAITING])
+@pytest.mark.parametrize("dialect", sampled(WAITING))
 def test_no_wait_can_be_left_out(dialect: Dialect, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker runs the list in order, and still the machine sees each missing wait."""
     call = make_dialect(dialect)
@@ -133,7 +153,7 @@ def test_no_wait_can_be_left_out(dialect: Dialect, monkeypatch: pytest.MonkeyPat
             machine_of(call).run()
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=[one.name for one in DIALECTS])
+@pytest.mark.parametrize("dialect", sampled(DIALECTS))
 def test_any_number_of_workers_in_any_order_leaves_the_same_buffers(dialect: Dialect) -> None:
     call = make_dialect(dialect)
     alone = machine_of(call)
