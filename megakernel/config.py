@@ -24,6 +24,7 @@ class KernelConfig:
     The values that fields have by default are those for training and prefill on a GPU; Triton's
     interpreter refuses tiles of that size, ``config.INTERPRETER`` is for it. Two launches whose
     configs differ only in ``num_workers``, ``workers_per_sm``, ``tile_group``, ``column_groups``,
+    ``blocks_per_task``, ``least_tasks``, ``look_ahead``, ``half_tails``, ``cache_hints``,
     ``num_stages``, ``max_polls`` or ``record_times`` do the same arithmetic in the same order.
 
     Attributes:
@@ -38,6 +39,18 @@ class KernelConfig:
         combine_tokens: tokens per combine task.
         column_groups: parts of H whose combine runs under the GEMMs of the next part.
         tile_group: row tiles that share a weight block while it is in L2.
+        blocks_per_task: column blocks that an FFN1 or FFN2 task takes one after the other, so that
+            the next one's first loads run under the stores of the one before.
+        least_tasks: a task takes one block where FFN1, or FFN2 of a column group, would be left
+            with fewer tasks than this: idle workers would cost more. So do FFN2's in the last group.
+        look_ahead: whether a worker claims its next task before it signals the one it has done,
+            and reads what it can before it waits.
+        fast_sigmoid: whether silu, and the sigmoid of gelu_tanh and clamped_swiglu, take the GPU's
+            approximate tanh where tokens are bfloat16: off by at most 2^-12 of what it multiplies,
+            an eighth of that rounding.
+        half_tails: whether row tiles of 128 rows that are at most half full are done at half the
+            height.
+        cache_hints: whether stores ask the L2 to keep the experts' outputs until they are combined.
         num_warps: warps per worker.
         num_stages: GEMM steps in flight.
         workers_per_sm: workers that fit one multiprocessor; used when num_workers is None.
@@ -56,6 +69,12 @@ class KernelConfig:
     combine_tokens: int = 16
     column_groups: int = 2
     tile_group: int = 8
+    blocks_per_task: int = 4
+    least_tasks: int = 512
+    look_ahead: bool = True
+    fast_sigmoid: bool = True
+    half_tails: bool = False
+    cache_hints: bool = False
     num_warps: int = 8
     num_stages: int = 4
     workers_per_sm: int = 1
@@ -87,9 +106,9 @@ def why_illegal(config: KernelConfig) -> str | None:
         value = getattr(config, field.name)
         if value is None and field.name in ("num_workers", "max_polls"):
             continue
-        if field.name == "record_times":
+        if field.type in (bool, "bool"):
             if not isinstance(value, bool):
-                return f"record_times must be True or False, got {value!r}"
+                return f"{field.name} must be True or False, got {value!r}"
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             return f"{field.name} must be a positive integer, got {value!r}"
@@ -110,12 +129,12 @@ def why_illegal(config: KernelConfig) -> str | None:
 # spills (compile_check).
 ROWS16 = KernelConfig(
     block_rows=16, block_i=64, block_h=128, step=128, block_tokens=16, select_tokens=16,
-    column_groups=8, num_warps=4, workers_per_sm=2,
+    column_groups=8, blocks_per_task=1, num_warps=4, workers_per_sm=2,
 )  # fmt: skip
 ROWS32 = replace(ROWS16, block_rows=32, column_groups=2, num_stages=3)
 ROWS64 = KernelConfig(
     block_rows=64, block_i=64, block_h=128, block_experts=64, select_tokens=16, column_groups=4,
-    num_warps=4, workers_per_sm=2,
+    blocks_per_task=1, num_warps=4, workers_per_sm=2,
 )  # fmt: skip
 ROWS128 = KernelConfig()
 SHIPPED = {"rows16": ROWS16, "rows32": ROWS32, "rows64": ROWS64, "rows128": ROWS128}
@@ -129,7 +148,7 @@ FLOAT32 = KernelConfig(
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(
     num_workers=4, block_rows=32, block_i=64, step=128, block_tokens=32, block_experts=64,
-    combine_tokens=32, tile_group=4,
+    combine_tokens=32, tile_group=4, least_tasks=1,
 )  # fmt: skip
 
 

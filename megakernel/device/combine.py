@@ -11,6 +11,7 @@ from megakernel.device.shared import shared_sum
 def routed_sum(b, token, exists, column, size, C: tl.constexpr):
     """Return the sum over k of gate · y row, in k order, float32 [combine_tokens, block_h]."""
     first_row = size.shared_tiles * C.block_rows
+    USED_UP: tl.constexpr = "evict_first" if C.cache_hints else ""  # nobody reads a row again
     inside = (column < C.hidden)[None, :]
     acc = tl.full(C.combine_tile, 0.0, tl.float32)
     # Unrolled, the loads of several choices are in flight at once; the sum keeps its order.
@@ -23,6 +24,7 @@ def routed_sum(b, token, exists, column, size, C: tl.constexpr):
             b.scratch.y_CH + (first_row + row).to(tl.int64)[:, None] * C.hidden + column[None, :],
             mask=held[:, None] & inside,
             other=0.0,
+            eviction_policy=USED_UP,
         )
         acc += gate[:, None] * y.to(tl.float32)
     return acc

@@ -5,11 +5,12 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import activated, dot, rounded
 from megakernel.device.weights import load_bias, load_weight
+from megakernel.plan.order import ffn1_end_of, ffn2_end_of
 
 
 @triton.jit
 def load_rows(row_start, inside, column, WIDTH: tl.constexpr, C: tl.constexpr):
-    """Load [block_rows, step] through row pointers; rows outside and columns past WIDTH are 0."""
+    """Load [rows, step] through row pointers; rows outside and columns past WIDTH are 0."""
     offset = column + tl.arange(0, C.step)
     mask = inside[:, None]
     if WIDTH % C.step != 0:
@@ -18,19 +19,20 @@ def load_rows(row_start, inside, column, WIDTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values):
-    """Store [block_rows, columns] of a row-major matrix."""
+def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values, CACHE: tl.constexpr):
+    """Store [rows, columns] of a row-major matrix."""
     place = start + tile_row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(place, values, mask=inside[:, None] & (column < WIDTH)[None, :])
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    tl.store(place, values, mask=mask, eviction_policy=CACHE)
 
 
 @triton.jit
 def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr):
-    """Return rows · weightᵀ in float32, [block_rows, columns of W].
+    """Return rows · weightᵀ in float32, [tile_rows, columns of W].
 
     Args:
-        row_start: [block_rows] where rows of the left side start, each as wide as W says.
-        inside: [block_rows] which of them exist.
+        row_start: [tile_rows of W] where rows of the left side start, each as wide as W says.
+        inside: [tile_rows] which of them exist.
         weight, expert, first_row: see load_weight.
     """
     acc = tl.full(W.acc_tile, 0.0, tl.float32)
@@ -42,60 +44,109 @@ def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl
 
 
 @triton.jit
-def store_h(acc, tile, block, inside, b, INTERLEAVED: tl.constexpr, C: tl.constexpr):
+def store_h(acc, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr):
     """Activate the sums of FFN1 and store them as one block of columns of h_CI."""
     h_CI = b.scratch.h_CI
-    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+    tile_row = tile * C.block_rows + tl.arange(0, W.tile_rows)
     column = block * C.block_i + tl.arange(0, C.block_i)
-    h = rounded(activated(acc, INTERLEAVED, C), h_CI.dtype.element_ty, C)
-    store_rows(h_CI, tile_row, inside, column, C.intermediate, h)
+    h = rounded(activated(acc, W, C), h_CI.dtype.element_ty, C)
+    store_rows(h_CI, tile_row, inside, column, C.intermediate, h, "")
 
 
 @triton.jit
-def store_y(acc, tile, block, inside, b, C: tl.constexpr):
+def store_y(acc, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr):
     """Store the sums of FFN2 as one block of columns of y_CH."""
     y_CH = b.scratch.y_CH
-    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+    tile_row = tile * C.block_rows + tl.arange(0, W.tile_rows)
     column = block * C.block_h + tl.arange(0, C.block_h)
-    store_rows(y_CH, tile_row, inside, column, C.hidden, rounded(acc, y_CH.dtype.element_ty, C))
+    y = rounded(acc, y_CH.dtype.element_ty, C)
+    # Rows are scattered over tokens: the combine finds them in L2 if other stores leave first.
+    KEPT: tl.constexpr = "evict_last" if C.cache_hints else ""
+    store_rows(y_CH, tile_row, inside, column, C.hidden, y, KEPT)
 
 
 @triton.jit
-def ffn1_tile(tile, block, gate_up_E2IH, b, size, C: tl.constexpr):
-    """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and one block of I.
+def ffn1_tile(tile, block, content, gate_up_E2IH, b, size, C: tl.constexpr):
+    """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and its task's blocks of I.
 
     Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI.
     """
     W: tl.constexpr = C.gate_up
-    routed_tile = tile - size.shared_tiles
-    row = tl.arange(0, C.block_rows)
-    inside = row < tl.load(b.rows.rows_of_tile + routed_tile)
-    expert = tl.load(b.rows.expert_of_tile + routed_tile)
-    place = b.rows.assignment_of_C + routed_tile * C.block_rows + row
-    assignment = tl.load(place, mask=inside, other=0)
-    x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
-    first_row = block * W.block
-    acc = product(x_start, inside, gate_up_E2IH, expert, first_row, W, C)
-    if b.experts.gate_up_bias_E2I is not None:
-        acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
-    store_h(acc, tile, block, inside, b, C.expert.interleaved, C)
+    TAIL: tl.constexpr = C.gate_up_tail
+    expert, filled = content
+    if C.tail_rows > 0 and filled <= C.tail_rows:
+        ffn1_rows(tile, block, expert, filled, b.experts.gate_up_E2IH, b, size, TAIL, C)
+    else:
+        ffn1_rows(tile, block, expert, filled, gate_up_E2IH, b, size, W, C)
 
 
 @triton.jit
-def ffn2_tile(tile, block, down_EHI, b, size, C: tl.constexpr):
-    """Compute y = h · downᵀ + bias for one row tile and one block of H.
+def ffn1_rows(tile, block, expert, filled, weight, b, size, W: tl.constexpr, C: tl.constexpr):
+    """Do an FFN1 task on the first rows of its tile, as many as W says."""
+    row = tl.arange(0, W.tile_rows)
+    inside = row < filled
+    place = b.rows.assignment_of_C + (tile - size.shared_tiles) * C.block_rows + row
+    if C.look_ahead:  # rows that hold nothing have a place too: no need to know first which do
+        assignment = tl.where(inside, tl.load(place), 0)
+    else:
+        assignment = tl.load(place, mask=inside, other=0)
+    x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
+    if C.i_per_task == 1:
+        ffn1_block(tile, block, x_start, inside, expert, weight, b, W, C)
+    else:  # flattened, the next block's first loads are under way while this one's are stored
+        for i_block in tl.range(block, ffn1_end_of(block, size, C), flatten=True):
+            ffn1_block(tile, i_block, x_start, inside, expert, weight, b, W, C)
+
+
+@triton.jit
+def ffn1_block(
+    tile, block, x_start, inside, expert, weight, b, W: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Compute one block of I of an FFN1 task."""
+    first_row = block * W.block
+    acc = product(x_start, inside, weight, expert, first_row, W, C)
+    if b.experts.gate_up_bias_E2I is not None:
+        acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
+    store_h(acc, tile, block, inside, b, W, C)
+
+
+@triton.jit
+def ffn2_tile(tile, block, content, down_EHI, b, size, C: tl.constexpr):
+    """Compute y = h · downᵀ + bias for one row tile and its task's blocks of H.
 
     Reads: h_CI, down, its bias. Writes: y_CH.
     """
     W: tl.constexpr = C.down
-    first_row = block * C.block_h
-    if first_row < C.hidden:
-        routed_tile = tile - size.shared_tiles
-        row = tl.arange(0, C.block_rows)
-        inside = row < tl.load(b.rows.rows_of_tile + routed_tile)
-        expert = tl.load(b.rows.expert_of_tile + routed_tile)
-        h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
-        acc = product(h_start, inside, down_EHI, expert, first_row, W, C)
-        if b.experts.down_bias_EH is not None:
-            acc += load_bias(b.experts.down_bias_EH, expert, first_row, W)
-        store_y(acc, tile, block, inside, b, C)
+    TAIL: tl.constexpr = C.down_tail
+    expert, filled = content
+    if C.tail_rows > 0 and filled <= C.tail_rows:
+        ffn2_rows(tile, block, expert, filled, b.experts.down_EHI, b, size, TAIL, C)
+    else:
+        ffn2_rows(tile, block, expert, filled, down_EHI, b, size, W, C)
+
+
+@triton.jit
+def ffn2_rows(tile, block, expert, filled, weight, b, size, W: tl.constexpr, C: tl.constexpr):
+    """Do an FFN2 task on the first rows of its tile, as many as W says."""
+    row = tl.arange(0, W.tile_rows)
+    inside = row < filled
+    h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
+    end = ffn2_end_of(block, size, C)
+    if C.h_per_task == 1:
+        if block < end:
+            ffn2_block(tile, block, h_start, inside, expert, weight, b, W, C)
+    else:
+        for h_block in tl.range(block, end, flatten=True):
+            ffn2_block(tile, h_block, h_start, inside, expert, weight, b, W, C)
+
+
+@triton.jit
+def ffn2_block(
+    tile, block, h_start, inside, expert, weight, b, W: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Compute one block of H of an FFN2 task."""
+    first_row = block * W.block
+    acc = product(h_start, inside, weight, expert, first_row, W, C)
+    if b.experts.down_bias_EH is not None:
+        acc += load_bias(b.experts.down_bias_EH, expert, first_row, W)
+    store_y(acc, tile, block, inside, b, W, C)

@@ -37,7 +37,7 @@ def moe_kernel(
     Order: see plan/order.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
-    size = sizes_of(num_tokens, num_tiles, capacity, seed, C)
+    size = sizes_of(num_tokens, num_tiles, capacity, seed, not C.makes_rows, C)
     num_tasks = count_tasks(size, C)  # of a launch that makes its rows, the most there can be
     tables_from = num_tasks
     if C.makes_rows:
@@ -48,15 +48,15 @@ def moe_kernel(
         if C.makes_rows and task >= tables_from:
             tables_from = num_tasks  # what a worker has once acquired stays visible to it
             num_tiles = count_made_tiles(task, b, size, max_polls, C)
-            size = sizes_of(num_tokens, max(num_tiles, 0), capacity, seed, C)
+            size = sizes_of(num_tokens, max(num_tiles, 0), capacity, seed, True, C)
             num_tasks = count_tasks(size, C) if num_tiles >= 0 else 0
-        kind, tile, block = ready_task(task, num_tasks, b, size, max_polls, C)
+        kind, tile, block, content = ready_task(task, num_tasks, b, size, max_polls, C)
         # Comparisons of order between those of equality: a chain of four equal ones would compile
         # to a jump through a table.
         if C.has_ffn and kind == C.FFN1:
-            ffn1_tile(tile, block, gate_up_E2IH, b, size, C)
+            ffn1_tile(tile, block, content, gate_up_E2IH, b, size, C)
         elif C.has_ffn and kind == C.FFN2:
-            ffn2_tile(tile, block, down_EHI, b, size, C)
+            ffn2_tile(tile, block, content, down_EHI, b, size, C)
         elif C.has_combine and kind >= C.COMBINE:
             combine_tile(tile, block, b, size, C)
         elif C.has_shared and kind == C.SHARED_FFN1:
@@ -70,7 +70,11 @@ def moe_kernel(
             prefix_bins(tile, b, size, C)
         elif C.makes_rows and kind == C.SCATTER:
             scatter_tile(tile, b, size, C)
+        if C.look_ahead:
+            following = claim(b.control, C)
         signal_task(kind, tile, block, b, C)
         stamp(b.control, task, C.DONE, C)
-        task = claim(b.control, C)
+        if not C.look_ahead:
+            following = claim(b.control, C)
+        task = following
     leave(b.control, num_workers, schedule_id, size, C)

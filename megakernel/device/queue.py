@@ -102,20 +102,37 @@ def count_made_tiles(task, b, size, max_polls, C: tl.constexpr):
 
 
 @triton.jit
-def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
-    """Decode a task and wait for all it needs; return (kind, tile, block), kind -1 for nothing.
+def content_of(kind, tile, b, size, C: tl.constexpr):
+    """Return (expert, filled rows) of the row tile that an FFN1 or FFN2 task is for."""
+    expert, filled = 0, 0
+    if C.has_ffn:
+        routed_tile = tile - size.shared_tiles
+        is_ffn = (kind == C.FFN1) | (kind == C.FFN2)
+        expert = tl.load(b.rows.expert_of_tile + routed_tile, mask=is_ffn, other=0)
+        filled = tl.load(b.rows.rows_of_tile + routed_tile, mask=is_ffn, other=0)
+    return expert, filled
 
-    There is nothing to do past the end of the list, and where a wait gave up.
+
+@triton.jit
+def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
+    """Decode a task and wait for all it needs; return (kind, tile, block, content of its row tile).
+
+    Kind is -1 for nothing to do: past the end of the list, and where a wait gave up. A row tile's
+    content is in tables that no task of the tile's has to wait for any more.
     """
     NUMBERS: tl.constexpr = C.num_waits
     kind, tile, block = task_of(tl.where(task < num_tasks, task, 0), size, C)
     kind = tl.where(task < num_tasks, kind, -1)
+    if C.look_ahead:
+        content = content_of(kind, tile, b, size, C)
     for number in tl.static_range(NUMBERS):
         counter, least = wait_of(number, kind, tile, block, size, C)
         if least > 0:  # noqa: SIM102  (one may be known when compiling)
             if not wait(b.control, counter, least, task, size.num_tiles, max_polls, C):
                 kind = -1
-    return kind, tile, block
+    if not C.look_ahead:
+        content = content_of(kind, tile, b, size, C)
+    return kind, tile, block, content
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import sigmoid
 from megakernel.device.ffn import product, store_h, store_y
+from megakernel.plan.order import ffn2_end_of
 
 
 @triton.jit
@@ -32,23 +33,23 @@ def shared_ffn1_tile(tile, block, b, size, C: tl.constexpr):
     slice_index, token, inside = slice_of(tile, size, C)
     x_start = b.x_TH + token.to(tl.int64) * C.hidden
     acc = product(x_start, inside, b.shared, slice_index, block * C.block_i, W, C)
-    store_h(acc, tile, block, inside, b, False, C)
+    store_h(acc, tile, block, inside, b, W, C)
 
 
 @triton.jit
 def shared_ffn2_tile(tile, block, b, size, C: tl.constexpr):
-    """Compute y for one row tile of the shared expert and one block of H.
+    """Compute y for one row tile of the shared expert and its task's blocks of H.
 
     Reads: h_CI, its down. Writes: y_CH.
     """
     W: tl.constexpr = C.shared_down
-    first_row = block * C.block_h
-    if first_row < C.hidden:
-        slice_index, _, inside = slice_of(tile, size, C)
-        tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
-        h_start = b.scratch.h_CI + tile_row.to(tl.int64) * C.intermediate
+    slice_index, _, inside = slice_of(tile, size, C)
+    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+    h_start = b.scratch.h_CI + tile_row.to(tl.int64) * C.intermediate
+    for h_block in range(block, ffn2_end_of(block, size, C)):
+        first_row = h_block * C.block_h
         acc = product(h_start, inside, b.shared.down_HJ, slice_index, first_row, W, C)
-        store_y(acc, tile, block, inside, b, C)
+        store_y(acc, tile, h_block, inside, b, W, C)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megakernel.config import KernelConfig
@@ -16,7 +17,8 @@ from megakernel.plan.spec import KernelSpec
 # Fields of a config that the compiler must know, which a spec has under the same names.
 COMPILED_FIELDS = (
     "block_rows", "block_i", "block_h", "step", "block_tokens", "block_experts", "select_tokens",
-    "combine_tokens", "column_groups", "tile_group", "num_stages",
+    "combine_tokens", "column_groups", "tile_group", "blocks_per_task", "least_tasks",
+    "look_ahead", "half_tails", "cache_hints", "num_stages",
 )  # fmt: skip
 
 
@@ -111,12 +113,17 @@ def make_spec(call: Call) -> KernelSpec:
         sizes_of(b),
         gate_up.rule(expert.stacked, block, config.block_rows),
         down.rule(1, config.block_h, config.block_rows),
+        config.fast_sigmoid and call.tokens.dtype == torch.bfloat16 and not INTERPRETED,
     )
 
 
 @lru_cache(maxsize=1024)
 def _make_spec(
-    rule: CallRule, sizes: LayerSizes, gate_up: WeightRule | None, down: WeightRule | None
+    rule: CallRule,
+    sizes: LayerSizes,
+    gate_up: WeightRule | None,
+    down: WeightRule | None,
+    fast_sigmoid: bool = False,
 ) -> KernelSpec:
     compiled = {name: getattr(rule.config, name) for name in COMPILED_FIELDS}
     return KernelSpec(
@@ -127,6 +134,7 @@ def _make_spec(
         expert=rule.expert,
         gate_up=gate_up,
         down=down,
+        fast_sigmoid=fast_sigmoid,
         timed=rule.config.record_times,
         interpreted=INTERPRETED,
         **sizes._asdict(),

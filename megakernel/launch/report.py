@@ -9,7 +9,8 @@ from megakernel.plan.schedule import Schedule
 def describe_stall(words: list[int], schedule: Schedule) -> str:
     """Say which task waited for which counter."""
     _, task, counter, seen, target, num_tiles = words[Protocol.STALL_AT :][:6]
-    schedule = replace(schedule, num_tiles=num_tiles)  # a live launch counts its row tiles itself
+    # A launch that makes its rows counts its row tiles itself.
+    schedule = replace(schedule, num_tiles=num_tiles, counted=True)
     name = schedule.describe_task(task)
     if counter == Protocol.SCATTER_DONE:  # what the task is only the row tables would say
         name = f"task {task} (the first of a worker that needs the row tables)"

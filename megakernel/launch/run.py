@@ -82,7 +82,9 @@ def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory)
     scratch = memory.scratch
     if b.scratch.y_CH is not None:  # rows that are asked for, or given
         scratch = scratch._replace(y_CH=b.scratch.y_CH)
-    experts = b.experts._replace(gate_up_E2IH=None, down_EHI=None)  # they go beside
+    experts = b.experts
+    if not spec.tail_rows:  # then all tasks read the weights that go beside
+        experts = experts._replace(gate_up_E2IH=None, down_EHI=None)
     control = workspace.control
     if spec.timed:
         control = control._replace(times=memory.times)

@@ -81,7 +81,8 @@ class Workspace:
         key = (spec, num_tokens, num_tiles, dtype)
         found = self.views.get(key)
         if found is None:
-            found = self._make_memory(Schedule(spec, num_tokens, num_tiles), dtype)
+            schedule = Schedule(spec, num_tokens, num_tiles, counted=not spec.makes_rows)
+            found = self._make_memory(schedule, dtype)
             self.views[key] = found
         self.latest = found
         return found

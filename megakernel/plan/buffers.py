@@ -20,7 +20,7 @@ class RouterTensors(NamedTuple):
 class ExpertTensors(NamedTuple):
     """The routed experts."""
 
-    # The kernel gets the weights beside this record: None there.
+    # The kernel gets the weights beside this record; here too only if half_tails need pointers.
     gate_up_E2IH: Tensor | None = None
     down_EHI: Tensor | None = None
     gate_up_bias_E2I: Tensor | None = None
@@ -129,6 +129,8 @@ class Sizes(NamedTuple):
     token_tiles: int  # of route and scatter
     combine_tiles: int  # token tiles of one column group's combine
     shared_tiles: int  # row tiles of the shared expert, which come before all others
+    wide_ffn1: bool  # whether routed FFN1 tasks take several column blocks
+    wide_ffn2: bool  # whether FFN2 tasks do, ahead of the last column group
 
 
 def flatten(record: tuple, prefix: str = "") -> dict[str, Tensor]:

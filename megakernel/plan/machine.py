@@ -41,6 +41,7 @@ class Machine:
             most row tiles that there can be.
         tables_from: first id that needs row tables which the launch makes.
         table_wait: (counter, least value) that says they are there.
+        values: of the router, which the list does not depend on.
         memory: every buffer.
         signals: value of each counter.
         awaited: of each counter that a task has waited for, the value it waited for.
@@ -71,10 +72,12 @@ class Machine:
             wide: dtype of all arithmetic.
         """
         self.spec = spec
-        self.schedule = Schedule(spec, num_tokens, num_tiles)
+        counted = not spec.makes_rows
+        self.schedule = Schedule(spec, num_tokens, num_tiles, counted)
         self.tables_from = self.schedule.first_table_task
         self.table_wait = plain.table_wait_of(self.schedule.size, spec)
-        size = plain.sizes_of(num_tokens, num_tiles, capacity, seed, spec)
+        self.values = {"capacity": capacity, "seed": seed}
+        size = self.schedule.size._replace(**self.values)
         self.memory = Memory(arguments, self.schedule, size, wide)
         self.signals: Counter[int] = Counter()
         self.awaited: dict[int, int] = {}
@@ -152,7 +155,7 @@ class Machine:
             self.awaited[counter] = least
             seen |= self.came_before[counter]
         task = known.task(task_id)
-        self.memory.size = self.memory.size._replace(num_tiles=known.num_tiles)
+        self.memory.size = known.size._replace(**self.values)
         self.memory.begin(task_id, seen)
         TASKS[task.kind](self.memory, task.tile, task.block)
         self.finished.append(task_id)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad, relu, silu
 
 from megakernel.plan.machine_memory import Memory, columns_of, span, tokens_of
+from megakernel.plan.order import plain
 from megakernel.plan.rules import ExpertRule
 
 
@@ -42,11 +43,11 @@ def filled_rows(m: Memory, tile: int) -> tuple[slice, slice, int]:
 
 
 def ffn1(m: Memory, tile: int, block: int) -> None:
-    """h = activation(gate · x) * (up · x), for one row tile and one block of I."""
+    """h = activation(gate · x) * (up · x), for one row tile and its task's blocks of I."""
     rule, I = m.spec.expert, m.spec.intermediate
     rows, own, expert = filled_rows(m, tile)
     x_CH = m.read("x_TH", m.read("rows.assignment_of_C", rows) // m.spec.top_k)
-    columns = columns_of(block, m.spec.block_i, I)
+    columns = columns_of(block, plain.ffn1_end_of(block, m.size, m.spec), m.spec.block_i, I)
     place_I = torch.arange(I, device=x_CH.device)[columns]
     step, apart = (2, 1) if rule.interleaved else (1, I)
 
@@ -63,9 +64,15 @@ def ffn1(m: Memory, tile: int, block: int) -> None:
     m.write("scratch.h_CI", (own, columns), h_CI)
 
 
+def h_columns_of(m: Memory, block: int) -> slice:
+    """Return the columns of H of an FFN2 task, named by its first block."""
+    end = plain.ffn2_end_of(block, m.size, m.spec)
+    return columns_of(block, max(block, end), m.spec.block_h, m.spec.hidden)
+
+
 def ffn2(m: Memory, tile: int, block: int) -> None:
-    """y = down · h + bias, for one row tile and one block of H."""
-    columns = columns_of(block, m.spec.block_h, m.spec.hidden)
+    """y = down · h + bias, for one row tile and its task's blocks of H."""
+    columns = h_columns_of(m, block)
     if columns.start == columns.stop:
         return
     _, own, expert = filled_rows(m, tile)
@@ -90,7 +97,7 @@ def shared_ffn1(m: Memory, tile: int, block: int) -> None:
     """h of a slice for one row tile and one block of I; zero past the last of its columns."""
     I, J = m.spec.intermediate, m.spec.shared_width
     at, own, index = shared_rows(m, tile)
-    columns = columns_of(block, m.spec.block_i, I)
+    columns = columns_of(block, block + 1, m.spec.block_i, I)
     inside = slice(min(index * I + columns.start, J), min(index * I + columns.stop, J))
     x_TH = m.read("x_TH", at)
     up_TI = x_TH @ m.read("shared.up_JH", inside).T
@@ -101,13 +108,14 @@ def shared_ffn1(m: Memory, tile: int, block: int) -> None:
 
 
 def shared_ffn2(m: Memory, tile: int, block: int) -> None:
-    """y of a slice for one row tile and one block of H."""
-    columns = columns_of(block, m.spec.block_h, m.spec.hidden)
+    """y of a slice for one row tile and its task's blocks of H."""
+    columns = h_columns_of(m, block)
     if columns.start == columns.stop:
         return
     _, own, index = shared_rows(m, tile)
     down_HI = m.read(
-        "shared.down_HJ", (columns, columns_of(index, m.spec.intermediate, m.spec.shared_width))
+        "shared.down_HJ",
+        (columns, columns_of(index, index + 1, m.spec.intermediate, m.spec.shared_width)),
     )
     h_TI = m.read("scratch.h_CI", own)[:, : down_HI.shape[1]]
     m.write("scratch.y_CH", (own, columns), h_TI @ down_HI.T)
@@ -116,7 +124,7 @@ def shared_ffn2(m: Memory, tile: int, block: int) -> None:
 def combine(m: Memory, tile: int, group: int) -> None:
     """Sum each token's weighted rows in k order, then the shared expert's, for a column group."""
     spec = m.spec
-    columns = columns_of(group, spec.group_blocks * spec.block_h, spec.hidden)
+    columns = columns_of(group, group + 1, spec.group_blocks * spec.block_h, spec.hidden)
     first_row = m.size.shared_tiles * spec.block_rows
     padded_tokens = -(-m.size.num_tokens // spec.block_rows) * spec.block_rows
     for token in tokens_of(m, tile, spec.combine_tokens):

@@ -117,9 +117,9 @@ def tokens_of(m: Memory, tile: int, height: int) -> range:
     return range(tile * height, min((tile + 1) * height, m.size.num_tokens))
 
 
-def columns_of(block: int, width: int, end: int) -> slice:
-    """Return a block of columns, none past the end."""
-    return slice(min(block * width, end), min((block + 1) * width, end))
+def columns_of(first: int, last: int, width: int, end: int) -> slice:
+    """Return the columns of blocks from the first to before the last, none past the end."""
+    return slice(min(first * width, end), min(last * width, end))
 
 
 def span(values: range) -> slice:

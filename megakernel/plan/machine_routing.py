@@ -134,7 +134,7 @@ def rank(m: Memory, tile: int, tokens: range, ids_TK: Tensor) -> None:
 
 def prefix(m: Memory, block: int, _: int) -> None:
     """Turn the tiles' counts of a block of bins into first ordinals, and write the totals."""
-    bins = columns_of(block, m.spec.PREFIX_BINS, m.spec.num_bins)
+    bins = columns_of(block, block + 1, m.spec.PREFIX_BINS, m.spec.num_bins)
     count_GB = m.read("scratch.base_GB", (slice(None), bins))
     m.write("scratch.base_GB", (slice(None), bins), count_GB.cumsum(0) - count_GB, again=True)
     m.write("scratch.total_B", bins, count_GB.sum(0))

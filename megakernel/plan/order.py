@@ -26,12 +26,49 @@ from megakernel.plan.buffers import Sizes
 
 
 @triton.jit
-def sizes_of(num_tokens, num_tiles, capacity, seed, C: tl.constexpr):
-    """Return the integers of a launch, with those that tasks would work out again and again."""
+def sizes_of(num_tokens, num_tiles, capacity, seed, COUNTED: tl.constexpr, C: tl.constexpr):
+    """Return the integers of a launch, with those that tasks would work out again and again.
+
+    FFN1 and FFN2 take several column blocks per task where that leaves enough tasks for all
+    workers. Unless the row tiles are counted, one: then the list is the longest there can be.
+    """
     token_tiles = tl.cdiv(num_tokens, C.block_tokens)
     combine_tiles = tl.cdiv(num_tokens, C.combine_tokens)
     shared_tiles = C.num_slices * tl.cdiv(num_tokens, C.block_rows)
-    return Sizes(num_tokens, num_tiles, capacity, seed, token_tiles, combine_tiles, shared_tiles)
+    wide_ffn1 = ((num_tiles - shared_tiles) * C.i_tasks >= C.least_tasks) & COUNTED
+    wide_ffn2 = (num_tiles * C.h_tasks >= C.least_tasks) & COUNTED
+    return Sizes(
+        num_tokens, num_tiles, capacity, seed, token_tiles, combine_tiles, shared_tiles,
+        wide_ffn1, wide_ffn2,
+    )  # fmt: skip
+
+
+@triton.jit
+def ffn1_tasks_of(size, C: tl.constexpr):
+    """Return the FFN1 tasks of a routed row tile."""
+    return tl.where(size.wide_ffn1, C.i_tasks, C.i_blocks)
+
+
+@triton.jit
+def ffn2_tasks_of(group, size, C: tl.constexpr):
+    """Return the FFN2 tasks of a row tile in a column group; the last group ends evenly."""
+    wide = size.wide_ffn2 & (group < C.num_column_groups - 1)
+    return tl.where(wide, C.h_tasks, C.group_blocks)
+
+
+@triton.jit
+def ffn1_end_of(block, size, C: tl.constexpr):
+    """Return the block of I past those of an FFN1 task."""
+    return min(block + tl.where(size.wide_ffn1, C.i_per_task, 1), C.i_blocks)
+
+
+@triton.jit
+def ffn2_end_of(block, size, C: tl.constexpr):
+    """Return the block of H past those of an FFN2 task: at most ``block``, if all lie past H."""
+    group = block // C.group_blocks
+    wide = size.wide_ffn2 & (group < C.num_column_groups - 1)
+    end = min(block + tl.where(wide, C.h_per_task, 1), (group + 1) * C.group_blocks)
+    return min(end, C.h_blocks)
 
 
 @triton.jit
@@ -50,14 +87,22 @@ def count_of(SEGMENT: tl.constexpr, size, C: tl.constexpr):
     elif SEGMENT == C.SHARED_FFN1:
         num_tasks = size.shared_tiles * C.i_blocks
     elif SEGMENT == C.FFN1:
-        num_tasks = (size.num_tiles - size.shared_tiles) * C.i_blocks
+        num_tasks = (size.num_tiles - size.shared_tiles) * ffn1_tasks_of(size, C)
     elif SEGMENT == C.FFN2:
-        num_tasks = size.num_tiles * C.all_h_blocks
+        num_tasks = size.num_tiles * all_ffn2_tasks(size, C)
     elif SEGMENT == C.COMBINE:
         num_tasks = size.combine_tiles * C.num_column_groups
     else:  # TAIL
-        num_tasks = size.num_tiles * C.all_h_blocks + size.combine_tiles * C.num_column_groups
+        num_tasks = size.combine_tiles * C.num_column_groups
+        num_tasks += size.num_tiles * all_ffn2_tasks(size, C)
     return num_tasks
+
+
+@triton.jit
+def all_ffn2_tasks(size, C: tl.constexpr):
+    """Return the FFN2 tasks of a row tile in all column groups."""
+    last = C.num_column_groups - 1
+    return last * ffn2_tasks_of(0, size, C) + ffn2_tasks_of(last, size, C)
 
 
 @triton.jit
@@ -98,9 +143,9 @@ def phase_of(task, size, C: tl.constexpr):
 
 
 @triton.jit
-def tile_of(index, num_tiles, num_blocks, tile_group):
-    """Return (row tile, column block): ``tile_group`` tiles pass before the next weight block."""
-    per_group = tile_group * num_blocks
+def tile_of(index, num_tiles, num_tasks, tile_group):
+    """Return (row tile, which of its tasks): ``tile_group`` tiles pass before the next weights."""
+    per_group = tile_group * num_tasks
     first_tile = index // per_group * tile_group
     height = min(num_tiles - first_tile, tile_group)
     within = index % per_group
@@ -110,13 +155,18 @@ def tile_of(index, num_tiles, num_blocks, tile_group):
 @triton.jit
 def tail_of(index, size, C: tl.constexpr):
     """Return (is_combine, column group, index within that group's FFN2 or combine tasks)."""
-    num_ffn2 = size.num_tiles * C.group_blocks
+    last = C.num_column_groups - 1
     num_combine = size.combine_tiles
-    both = num_ffn2 + num_combine
-    group = (index + num_combine) // both
-    within = index - max(group * both - num_combine, 0)
+    before_last = size.num_tiles * ffn2_tasks_of(0, size, C) + num_combine
+    group = min((index + num_combine) // before_last, last)
+    within = index - max(group * before_last - num_combine, 0)
+    num_ffn2 = size.num_tiles * ffn2_tasks_of(group, size, C)
+    length = num_ffn2 + tl.where(group > 0, num_combine, 0)
+    if within >= length:  # the combine of the last group
+        group += 1
+        within -= length
     lead = num_ffn2 // 2
-    spacing = (both - lead) // num_combine
+    spacing = (num_ffn2 + num_combine - lead) // num_combine
     combines_before = min(max(within - lead, 0) // spacing, num_combine)
     is_mixed = (group > 0) & (group < C.num_column_groups)
     is_turn = (within >= lead) & ((within - lead) % spacing == spacing - 1)
@@ -134,9 +184,11 @@ def tail_of(index, size, C: tl.constexpr):
 
 @triton.jit
 def ffn2_of(group, index, size, C: tl.constexpr):
-    """Return (kind, row tile, H block) of a column group's FFN2 task."""
+    """Return (kind, row tile, first H block) of a column group's FFN2 task."""
     kind = C.FFN2
-    tile, block = tile_of(index, size.num_tiles, C.group_blocks, C.tile_group)
+    num_tasks = ffn2_tasks_of(group, size, C)
+    tile, part = tile_of(index, size.num_tiles, num_tasks, C.tile_group)
+    block = part * tl.where(num_tasks < C.group_blocks, C.h_per_task, 1)
     if C.num_slices > 0:  # noqa: SIM102  (known when compiling; the next is not)
         if tile < size.shared_tiles:
             kind = C.SHARED_FFN2
@@ -156,13 +208,15 @@ def task_of(task, size, C: tl.constexpr):
             kind, tile, block = ffn2_of(group, index, size, C)
     elif kind == C.FFN1:
         first = size.shared_tiles
-        tile, block = tile_of(tile, size.num_tiles - first, C.i_blocks, C.tile_group)
+        tile, part = tile_of(tile, size.num_tiles - first, ffn1_tasks_of(size, C), C.tile_group)
+        block = part * tl.where(size.wide_ffn1, C.i_per_task, 1)
         tile += first
     elif C.has_shared and kind == C.SHARED_FFN1:
         tile, block = tile_of(tile, size.shared_tiles, C.i_blocks, C.tile_group)
     elif C.has_ffn and not C.has_tail and kind == C.FFN2:
-        per_group = size.num_tiles * C.group_blocks
-        kind, tile, block = ffn2_of(tile // per_group, tile % per_group, size, C)
+        per_group = size.num_tiles * ffn2_tasks_of(0, size, C)
+        group = min(tile // per_group, C.num_column_groups - 1)
+        kind, tile, block = ffn2_of(group, tile - group * per_group, size, C)
     elif C.has_combine and not C.has_tail and kind == C.COMBINE:
         block = tile // size.combine_tiles
         tile = tile % size.combine_tiles
@@ -186,27 +240,28 @@ def wait_of(NUMBER: tl.constexpr, kind, tile, block, size, C: tl.constexpr):
     would compile to a jump through a table.
     """
     token_tiles = size.token_tiles
-    late = (kind == C.COMBINE) & C.weighs_late
+    late = (kind >= C.COMBINE) & C.weighs_late
     counter = C.ROUTE_DONE
     least = tl.where(late, token_tiles, 0)
     if NUMBER == 0:
-        is_ffn2 = (kind == C.FFN2) | (kind == C.SHARED_FFN2)
+        is_ffn2 = (kind == C.FFN2) | ((kind == C.SHARED_FFN2) & C.has_shared)
         counter = tl.where(kind == C.SCATTER, C.PREFIX_DONE, C.ROUTE_DONE)
         counter = tl.where(is_ffn2, C.first_tile_counter + tile, counter)
         counter = tl.where(kind == C.COMBINE, C.FIRST_COLUMN_GROUP + block, counter)
-        least = tl.where(kind == C.PREFIX, token_tiles, 0)
-        least = tl.where(kind == C.SCATTER, C.prefix_blocks, least)
-        least = tl.where(is_ffn2, C.i_blocks, least)
+        least = tl.where((kind == C.PREFIX) & C.makes_rows, token_tiles, 0)
+        least = tl.where((kind == C.SCATTER) & C.makes_rows, C.prefix_blocks, least)
+        ffn1_tasks = tl.where(kind == C.FFN2, ffn1_tasks_of(size, C), C.i_blocks)
+        least = tl.where(is_ffn2, ffn1_tasks, least)
         after_ffn2 = (kind == C.COMBINE) & C.has_ffn
-        least = tl.where(after_ffn2, size.num_tiles * C.group_blocks, least)
+        least = tl.where(after_ffn2, size.num_tiles * ffn2_tasks_of(block, size, C), least)
     return counter, least
 
 
 @triton.jit
 def signal_of(kind, tile, block, C: tl.constexpr):
     """Return the counter a finished task adds one to, or -1."""
-    is_ffn1 = (kind == C.FFN1) | (kind == C.SHARED_FFN1)
-    is_ffn2 = (kind == C.FFN2) | (kind == C.SHARED_FFN2)
+    is_ffn1 = (kind == C.FFN1) | ((kind == C.SHARED_FFN1) & C.has_shared)
+    is_ffn2 = (kind == C.FFN2) | ((kind == C.SHARED_FFN2) & C.has_shared)
     counter = tl.where(kind == C.ROUTE, C.ROUTE_DONE, -1)
     counter = tl.where(kind == C.PREFIX, C.PREFIX_DONE, counter)
     counter = tl.where(kind == C.SCATTER, C.SCATTER_DONE, counter)

@@ -1,6 +1,6 @@
 """What a router and an expert compute, and how a weight lies, as the compiler must know it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
 
@@ -114,7 +114,25 @@ class WeightRule:
         """Columns of the product that a task makes."""
         return self.stacked * self.block
 
+    def of_tail(self, tile_rows: int) -> Self:
+        """Return the rule of a lower tile, which reads through pointers.
+
+        With a third and fourth loop that uses TMA, Triton 3.6 lays the loops' shared memory side
+        by side instead of over one another, and the kernel would not fit.
+        """
+        return replace(self, tile_rows=tile_rows, tma=False)
+
     @property
     def acc_tile(self) -> tuple[int, int]:
         """[tile_rows, columns]"""
         return self.tile_rows, self.columns
+
+    @property
+    def stacked_halves(self) -> tuple[int, int, int]:
+        """[tile_rows, gate or up, block]"""
+        return self.tile_rows, 2, self.block
+
+    @property
+    def interleaved_halves(self) -> tuple[int, int, int]:
+        """[tile_rows, half of block, gate or up]"""
+        return self.tile_rows, self.block // 2, 2

@@ -27,16 +27,18 @@ class Schedule:
         spec: shapes and tiles.
         num_tokens: T, at least 1.
         num_tiles: row tiles, those of the shared expert among them.
+        counted: whether the row tables have so many, not only room for them.
     """
 
     spec: KernelSpec
     num_tokens: int
     num_tiles: int
+    counted: bool = True
 
     @cached_property
     def size(self) -> Sizes:
         """The integers that the order depends on."""
-        return plain.sizes_of(self.num_tokens, self.num_tiles, 0, 0, self.spec)
+        return plain.sizes_of(self.num_tokens, self.num_tiles, 0, 0, self.counted, self.spec)
 
     @property
     def token_tiles(self) -> int:

@@ -62,6 +62,12 @@ class KernelSpec(Protocol):
     combine_tokens: int
     column_groups: int
     tile_group: int
+    blocks_per_task: int
+    least_tasks: int
+    look_ahead: bool
+    fast_sigmoid: bool
+    half_tails: bool
+    cache_hints: bool
     num_stages: int
     timed: bool
     interpreted: bool
@@ -176,23 +182,45 @@ class KernelSpec(Protocol):
 
     @cached_property
     def i_blocks(self) -> int:
-        """FFN1 tasks per row tile."""
+        """Blocks of I."""
         return triton.cdiv(self.intermediate, self.block_i)
 
     @cached_property
+    def h_blocks(self) -> int:
+        """Blocks of H."""
+        return triton.cdiv(self.hidden, self.block_h)
+
+    @cached_property
     def group_blocks(self) -> int:
-        """FFN2 tasks per row tile and column group."""
-        return triton.cdiv(triton.cdiv(self.hidden, self.block_h), self.column_groups)
+        """Blocks of H per column group, those past H among them."""
+        return triton.cdiv(self.h_blocks, self.column_groups)
 
     @cached_property
     def num_column_groups(self) -> int:
         """Column groups that hold a column: at most ``column_groups``."""
         return triton.cdiv(self.hidden, self.block_h * self.group_blocks)
 
+    # A row tile's tasks of several blocks, and the blocks of each but the last.
+
     @cached_property
-    def all_h_blocks(self) -> int:
-        """FFN2 tasks per row tile; those past H do nothing."""
-        return self.num_column_groups * self.group_blocks
+    def i_tasks(self) -> int:
+        """FFN1 tasks."""
+        return triton.cdiv(self.i_blocks, self.blocks_per_task)
+
+    @cached_property
+    def i_per_task(self) -> int:
+        """Blocks of I: as even as can be."""
+        return triton.cdiv(self.i_blocks, self.i_tasks)
+
+    @cached_property
+    def h_tasks(self) -> int:
+        """FFN2 tasks of a column group."""
+        return triton.cdiv(self.group_blocks, self.blocks_per_task)
+
+    @cached_property
+    def h_per_task(self) -> int:
+        """Blocks of H: as even as can be."""
+        return triton.cdiv(self.group_blocks, self.h_tasks)
 
     @cached_property
     def num_slices(self) -> int:
@@ -208,6 +236,24 @@ class KernelSpec(Protocol):
     def combine_unroll(self) -> int:
         """Choices whose rows are loaded together."""
         return min(self.top_k, 8)
+
+    # Row tiles that are at most half full, done at half the height.
+
+    @cached_property
+    def tail_rows(self) -> int:
+        """Rows that such a tile may hold, 0 without: wgmma serves no fewer than 64."""
+        half = self.block_rows // 2
+        return half if self.half_tails and (half >= 64 or self.interpreted) else 0
+
+    @cached_property
+    def gate_up_tail(self) -> WeightRule | None:
+        """``gate_up`` for them."""
+        return self.gate_up and self.gate_up.of_tail(self.tail_rows)
+
+    @cached_property
+    def down_tail(self) -> WeightRule | None:
+        """``down`` for them."""
+        return self.down and self.down.of_tail(self.tail_rows)
 
     # The shared expert's weights: slices are its experts, cut out of one matrix [J, H] or [H, J].
 
@@ -270,16 +316,6 @@ class KernelSpec(Protocol):
     def prefix_row(self) -> tuple[int]:
         """[PREFIX_BINS]"""
         return (self.PREFIX_BINS,)
-
-    @cached_property
-    def stacked_halves(self) -> tuple[int, int, int]:
-        """[block_rows, gate or up, block_i]"""
-        return self.block_rows, 2, self.block_i
-
-    @cached_property
-    def interleaved_halves(self) -> tuple[int, int, int]:
-        """[block_rows, block_i, gate or up]"""
-        return self.block_rows, self.block_i, 2
 
     @cached_property
     def combine_tile(self) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def read_timeline(device: torch.device) -> Timeline:
         )
     schedule = memory.schedule
     if memory.scratch.num_tiles_1 is not None:  # such a launch counts its row tiles itself
-        schedule = replace(schedule, num_tiles=int(memory.scratch.num_tiles_1))
+        schedule = replace(schedule, num_tiles=int(memory.scratch.num_tiles_1), counted=True)
     spec = schedule.spec
     times = memory.times[1 : 1 + schedule.num_tasks].cpu().numpy()
     first = times[:, spec.CLAIMED].min()

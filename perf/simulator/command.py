@@ -111,7 +111,8 @@ def choose_config(arguments: argparse.Namespace, case: Case) -> KernelConfig:
             raise ValueError(
                 f"--set must be FIELD=N with a field of {', '.join(SETTABLE)}, got {change!r}"
             )
-        changes[field] = int(value)
+        is_switch = isinstance(getattr(KernelConfig(), field), bool)
+        changes[field] = bool(int(value)) if is_switch else int(value)
     chosen = SHIPPED[arguments.config] if arguments.config else case.default_config
     return replace(chosen, **changes)
 

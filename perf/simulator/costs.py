@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megakernel.plan.order import plain
 from megakernel.plan.protocol import NAMES
 from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
@@ -29,6 +30,10 @@ class Machine:
         launch_us: from the launch to the first claim, and from the last task to the end.
         mma_share: rate of tiles below 64 rows, which wgmma cannot serve, over that of wgmma.
         scan_us: one pass over the experts' columns or the slots while choosing or counting.
+        table_us: a look into a small table of the launch, from L2.
+        activate_us, quick_activate_us, round_us: what lies between the last step of 128 rows by
+            256 columns and the next task's first: of FFN1 with the exact and with the approximate
+            sigmoid, and of FFN2. Counted instructions of the compiled kernel.
     """
 
     roofs: Roofs = ASSUMED_H200
@@ -42,6 +47,10 @@ class Machine:
     launch_us: float = 3.0
     mma_share: float = 0.6
     scan_us: float = 0.25
+    table_us: float = 0.35
+    activate_us: float = 1.6
+    quick_activate_us: float = 1.1
+    round_us: float = 0.7
 
 
 H200 = Machine()
@@ -75,6 +84,23 @@ class Demand:
     moved_bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class Product:
+    """The products of one task: rows times each of some column blocks.
+
+    Attributes:
+        rows, columns, depth: of one block.
+        blocks: how many, one after the other.
+        end_us: between the last step of a block and the next one's first, for a whole tile.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    blocks: int
+    end_us: float
+
+
 @dataclass
 class RooflineCosts:
     """Demand of each task: the slowest of product, L2 and latency, its traffic, and fixed parts.
@@ -88,7 +114,7 @@ class RooflineCosts:
         num_workers: programs.
         machine: the GPU.
         heights: row tile heights to choose from, the least that holds a tile's rows being used;
-            more than one asks "what if", since the kernel has one.
+            other ones than the kernel's ask "what if".
         choices_in_flight: choices of a token that the combine loads at once; None for as many as
             the kernel does, any other number asks "what if".
     """
@@ -104,8 +130,11 @@ class RooflineCosts:
     _last_use: dict[tuple, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        """Choose the heights."""
-        self.heights = tuple(sorted(self.heights or (self.spec.block_rows,)))
+        """Choose the heights, and know which tasks take several blocks."""
+        own = {self.spec.block_rows, self.spec.tail_rows or self.spec.block_rows}
+        self.heights = tuple(sorted(self.heights or own))
+        num_tiles = len(self.tiles.rows_of_tile)
+        self.size = plain.sizes_of(self.num_tokens, num_tiles, 0, 0, True, self.spec)
 
     def __call__(self, tasks: Sequence[Task]) -> list[Demand]:
         """Return what each task of a list demands, from a cold L2 and in the order of the list."""
@@ -125,51 +154,65 @@ class RooflineCosts:
         return Demand(0.0, (self.route_us, self._prefix, self._scatter)[task.kind]())
 
     def _ffn1(self, task: Task) -> Demand:
-        spec = self.spec
+        spec, machine = self.spec, self.machine
         rows = int(self.tiles.rows_of_tile[task.tile])
         expert = int(self.tiles.expert_of_tile[task.tile])
+        blocks = range(task.block, plain.ffn1_end_of(task.block, self.size, spec))
         weight_bytes = 2 * spec.block_i * spec.hidden * ELEMENT_BYTES
         token_bytes = rows * spec.hidden * ELEMENT_BYTES
         # Tokens recur in the tiles of their other experts; all of them often fit the cache.
         if self.num_tokens * spec.hidden * ELEMENT_BYTES < self.machine.cache_bytes:
             token_bytes //= spec.top_k
-        missed = self.read(("up", expert, task.block), weight_bytes)
+        missed = sum(self.read(("up", expert, block), weight_bytes) for block in blocks)
         missed += self.read(("x", task.tile), token_bytes)
-        written = rows * spec.block_i * ELEMENT_BYTES
+        written = rows * spec.block_i * len(blocks) * ELEMENT_BYTES
         self.write(("h", task.tile), written)
-        busy = min(self.num_workers, len(self.tiles.rows_of_tile) * spec.i_blocks)
-        return self.gemm(rows, 2 * spec.block_i, spec.hidden, missed, written, busy)
+        tasks = len(self.tiles.rows_of_tile) * plain.ffn1_tasks_of(self.size, spec)
+        activate_us = machine.quick_activate_us if spec.fast_sigmoid else machine.activate_us
+        # The rows' assignments are looked up with the tile's content, or only then.
+        lookups_us = machine.table_us * (1 if spec.look_ahead else 2)
+        product = Product(rows, 2 * spec.block_i, spec.hidden, len(blocks), activate_us)
+        return self.gemm(product, lookups_us, missed, written, min(self.num_workers, tasks))
 
     def _ffn2(self, task: Task) -> Demand:
-        spec = self.spec
-        if task.block * spec.block_h >= spec.hidden:
-            return Demand(self.machine.latency_us, 0.0)
+        spec, machine = self.spec, self.machine
+        blocks = range(task.block, plain.ffn2_end_of(task.block, self.size, spec))
+        if not blocks:
+            return Demand(machine.table_us, 0.0)
         rows = int(self.tiles.rows_of_tile[task.tile])
         expert = int(self.tiles.expert_of_tile[task.tile])
         weight_bytes = spec.block_h * spec.intermediate * ELEMENT_BYTES
-        missed = self.read(("down", expert, task.block), weight_bytes)
+        missed = sum(self.read(("down", expert, block), weight_bytes) for block in blocks)
         missed += self.read(("h", task.tile), rows * spec.intermediate * ELEMENT_BYTES)
-        written = rows * spec.block_h * ELEMENT_BYTES
+        written = rows * spec.block_h * len(blocks) * ELEMENT_BYTES
         self._traffic += written
-        tasks = len(self.tiles.rows_of_tile) * spec.group_blocks * spec.num_column_groups
-        busy = min(self.num_workers, tasks)
-        return self.gemm(rows, spec.block_h, spec.intermediate, missed, written, busy)
+        tasks = len(self.tiles.rows_of_tile) * plain.all_ffn2_tasks(self.size, spec)
+        # Looked up while the worker polls for the tile's FFN1, or only then.
+        lookup_us = 0.0 if spec.look_ahead else machine.table_us
+        product = Product(rows, spec.block_h, spec.intermediate, len(blocks), machine.round_us)
+        return self.gemm(product, lookup_us, missed, written, min(self.num_workers, tasks))
 
     def gemm(
-        self, rows: int, columns: int, depth: int, missed: float, written: float, busy: int
+        self, product: Product, lookups_us: float, missed: float, written: float, busy: int
     ) -> Demand:
-        """One tile product: fill, steps at the slowest rate, store."""
+        """A tile's products: lookups and one fill, steps at the slowest rate, the end of each.
+
+        The first loads of a task's second block and of those after it run under the end of the
+        block before.
+        """
         machine, spec = self.machine, self.spec
-        height = next(height for height in self.heights if height >= rows)
-        steps = -(-depth // spec.step)
+        height = next(height for height in self.heights if height >= product.rows)
+        steps = -(-product.depth // spec.step)
+        read = (product.rows + product.columns) * product.depth * ELEMENT_BYTES
         steps_us = max(
-            self._product_us(height, columns, depth, busy),
-            self._read_us((rows + columns) * depth * ELEMENT_BYTES, busy),
+            self._product_us(height, product.columns, product.depth, busy),
+            self._read_us(read, busy),
             steps * machine.latency_us / max(spec.num_stages - 1, 1),
         )
-        return Demand(
-            machine.latency_us + self._read_us(written, busy), steps_us, missed + written
-        )
+        share = height * product.columns / (128 * 256) * max(busy / machine.num_sms, 1)
+        end_us = max(product.end_us * share, self._read_us(written / product.blocks, busy))
+        fixed_us = lookups_us + machine.latency_us + product.blocks * end_us
+        return Demand(fixed_us, product.blocks * steps_us, missed + written)
 
     def combine(self) -> Demand:
         """One token tile: rows of all choices read from L2 as far as they fit, one row written."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megakernel.config import KernelConfig
 from megakernel.launch.call import make_spec
@@ -44,7 +45,9 @@ TILE_SHAPES = (
     (16, 32, 64, 128, 4, 4, 2),
     (16, 64, 128, 128, 4, 3, 2),
 )
-ORDERS = {"column_groups": (1, 2, 4, 8), "tile_group": (2, 4, 8, 16)}
+ORDERS = {
+    "column_groups": (1, 2, 4, 8), "tile_group": (2, 4, 8, 16), "blocks_per_task": (1, 2, 4, 8),
+}  # fmt: skip
 LEAST_GAIN = 0.995  # steps of less are within the model's error, and a search has many
 SHOWN_FIELDS = (*TILE_FIELDS, *ORDERS, "num_workers")
 
@@ -78,7 +81,8 @@ def spec_of(model: ModelShape, route: str, config: KernelConfig) -> KernelSpec:
     """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
     call = make_call(CompileCase("rows128", model, route))
     call = replace(call, rule=replace(call.rule, config=config))
-    return replace(make_spec(call), interpreted=False)
+    quick = config.fast_sigmoid and call.tokens.dtype == torch.bfloat16
+    return replace(make_spec(call), interpreted=False, fast_sigmoid=quick)
 
 
 def make_launch(

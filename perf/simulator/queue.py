@@ -33,6 +33,7 @@ class Play:
         machine: Machine,
     ) -> None:
         self.schedule, self.tasks, self.demands, self.machine = schedule, tasks, demands, machine
+        self.num_workers = num_workers
         self.now = 0.0
         self.next_task = 0
         self.signals = [0] * schedule.num_counters
@@ -86,8 +87,13 @@ class Play:
         n = self.next_task
         self.next_task += 1
         self.worker_N[n], self.ask_N[n] = worker, self.now
-        self.claim_N[n] = self.now + self.machine.claim_us
+        self.claim_N[n] = self.now + self.claim_us(n)
         self.plan(self.claim_N[n], lambda: self.ask(n, self.waits_of(n, worker)))
+
+    def claim_us(self, n: int) -> float:
+        """Return what a claim takes beyond the signal that it was sent off with."""
+        machine, ahead = self.machine, self.schedule.spec.look_ahead and n >= self.num_workers
+        return max(machine.claim_us - machine.signal_us, 0.0) if ahead else machine.claim_us
 
     def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
         """Return what a worker polls for a task: for the row tables once, with its first need."""

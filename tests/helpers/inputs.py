@@ -22,6 +22,9 @@ SMALL = KernelConfig(
     combine_tokens=8,
     column_groups=2,
     tile_group=2,
+    blocks_per_task=2,
+    least_tasks=4,
+    half_tails=True,
 )
 
 

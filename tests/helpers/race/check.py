@@ -18,12 +18,15 @@ class Check:
         memory: the tensors of the launch.
         events: what happened, in order.
         names: for people.
+        findings: what is wrong.
+        dropped: addresses that may be read though nobody wrote there, what is found being dropped.
     """
 
     memory: Memory
     events: list[Event]
     names: Names
     findings: list[str] = field(default_factory=list)
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         """Find out who touches which units of memory."""
@@ -65,6 +68,7 @@ class Check:
         """Reads and overwrites follow the latest write; nothing is read that nobody wrote."""
         latest = np.full(self.memory.num_units, -1, np.int32)
         unfilled = self.memory.unfilled()
+        unfilled[self.memory.units(self.dropped, self.memory.unit_bytes)] = False
         for number, (event, units) in enumerate(self._with_units()):
             units = units[~self.is_counter[units]]
             earlier = latest[units]

@@ -15,7 +15,7 @@ from tests.helpers.specs import PLAIN_SPEC
 
 @triton.jit
 def combine_kernel(b, C: tl.constexpr):
-    combine_tile(0, 0, b, sizes_of(1, 0, 0, 0, C), C)
+    combine_tile(0, 0, b, sizes_of(1, 0, 0, 0, True, C), C)
 
 
 def test_combine_reads_rows_past_2_to_the_31_elements():

@@ -12,7 +12,7 @@ from tests.helpers.far import FAR_ROW, WIDTH, as_row, reserve
 def store_kernel(start, first_row, values, WIDTH: tl.constexpr):
     row = first_row + tl.arange(0, 16)
     column = tl.arange(0, WIDTH)
-    store_rows(start, row, row == first_row, column, WIDTH, tl.load(values + column)[None, :])
+    store_rows(start, row, row == first_row, column, WIDTH, tl.load(values + column)[None, :], "")
 
 
 def test_rows_are_stored_past_2_to_the_31_elements():

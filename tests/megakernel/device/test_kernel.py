@@ -90,13 +90,23 @@ def test_bits_do_not_depend_on_the_number_of_workers(num_workers):
 
 @pytest.mark.parametrize(
     "change",
-    [{"column_groups": 1}, {"column_groups": 5, "tile_group": 1, "num_stages": 1}],
+    [
+        {"column_groups": 1},
+        {"column_groups": 5, "tile_group": 1, "num_stages": 1},
+        {"blocks_per_task": 1},
+        {"blocks_per_task": 3, "least_tasks": 1, "column_groups": 2},
+        {"blocks_per_task": 9, "least_tasks": 1, "column_groups": 1},
+        {"half_tails": False},
+        {"look_ahead": False, "cache_hints": True},
+    ],
     ids=str,
 )
-def test_bits_do_not_depend_on_the_order_of_tasks(change):
-    inputs = make_inputs(PRIME)
+@pytest.mark.parametrize("case", [PRIME, BFLOAT16], ids=name_of)
+def test_bits_do_not_depend_on_how_the_same_sums_are_dealt_to_tasks(case, change):
+    inputs = make_inputs(case)
+    expected = run(inputs, config=replace(SMALL, blocks_per_task=1, half_tails=False))
     actual = run(inputs, config=replace(SMALL, **change))
-    assert_same_bits(actual=actual.y_TH, expected=run(inputs).y_TH)
+    assert_same_bits(actual=actual.y_TH, expected=expected.y_TH)
 
 
 @pytest.mark.parametrize("case", [PRIME, BFLOAT16], ids=name_of)

@@ -14,13 +14,14 @@ from megakernel.plan.forward import SEGMENTS
 from megakernel.plan.order import (
     count_tasks,
     first_table_task,
+    plain,
     signal_of,
     sizes_of,
     table_wait_of,
     task_of,
     wait_of,
 )
-from megakernel.plan.schedule import Schedule, bound_tiles
+from megakernel.plan.schedule import Schedule, Task, bound_tiles
 from tests.helpers.specs import PLAIN_SPEC
 
 
@@ -43,6 +44,8 @@ def schedules(draw: st.DrawFn, lists=tuple(SEGMENTS)) -> Schedule:
         combine_tokens=draw(st.sampled_from([1, 8, 16])),
         column_groups=draw(small),
         tile_group=draw(small),
+        blocks_per_task=draw(small),
+        least_tasks=draw(st.sampled_from([1, 20])),
     )
     num_tokens = draw(st.integers(1, 80))
     num_shared = Schedule(spec, num_tokens, 0).shared_tiles
@@ -66,10 +69,24 @@ def test_every_wait_is_satisfied_by_lower_ids_and_by_no_fewer_signals_than_exist
     assert all(signals[counter] == target for counter, target in waits.items())
 
 
+def blocks_of(task: Task, schedule: Schedule) -> range:
+    """Return the blocks that a task does one after the other."""
+    spec, end = schedule.spec, task.block + 1
+    if task.kind == spec.FFN1:
+        end = plain.ffn1_end_of(task.block, schedule.size, spec)
+    elif task.kind in (spec.FFN2, spec.SHARED_FFN2):
+        end = plain.ffn2_end_of(task.block, schedule.size, spec)
+    return range(task.block, end)
+
+
 @given(schedules())
 def test_every_piece_of_work_appears_exactly_once(schedule):
     spec, held = schedule.spec, schedule.spec.held
-    done = Counter((task.kind, task.tile, task.block) for task in schedule.tasks())
+    done = Counter(
+        (task.kind, task.tile, block)
+        for task in schedule.tasks()
+        for block in blocks_of(task, schedule)
+    )
     assert set(done.values()) <= {1} and {kind for kind, _, _ in done} <= held
     by_kind = Counter(kind for kind, _, _ in done)
     assert by_kind[spec.ROUTE] == schedule.token_tiles * (spec.ROUTE in held)
@@ -80,7 +97,7 @@ def test_every_piece_of_work_appears_exactly_once(schedule):
         own = (spec.SHARED_FFN1, spec.SHARED_FFN2) if shared else (spec.FFN1, spec.FFN2)
         blocks = [{block for kind, at, block in done if kind == k and at == tile} for k in own]
         assert blocks[0] == set(range(spec.i_blocks))
-        assert blocks[1] == set(range(spec.num_column_groups * spec.group_blocks))
+        assert blocks[1] == set(range(spec.h_blocks))
     groups, tiles = range(spec.num_column_groups), range(schedule.combine_tiles)
     combines = {(tile, block) for kind, tile, block in done if kind == spec.COMBINE}
     assert combines == {(tile, group) for tile in tiles for group in groups if spec.has_combine}
@@ -141,7 +158,7 @@ WORDS = 8  # kind, tile, block, two waits, signal
 @triton.jit
 def list_kernel(ids, num_ids, out, num_tokens, num_tiles, WORDS: tl.constexpr, C: tl.constexpr):
     """Write the length of the list, where the row tables come in, and what some task ids are."""
-    size = sizes_of(num_tokens, num_tiles, 0, 0, C)
+    size = sizes_of(num_tokens, num_tiles, 0, 0, True, C)
     tl.store(out, count_tasks(size, C))
     if C.makes_rows:
         counter, least = table_wait_of(size, C)
@@ -186,7 +203,7 @@ def test_the_kernel_has_the_order_that_python_has(schedule, first):
 
 
 def test_combine_of_a_group_is_spread_over_the_second_half_of_the_next_groups_ffn2():
-    spec = replace(PLAIN_SPEC, hidden=512, block_h=64, column_groups=4)
+    spec = replace(PLAIN_SPEC, hidden=512, block_h=64, column_groups=4, blocks_per_task=1)
     schedule = Schedule(spec, num_tokens=64, num_tiles=10)
     tail = [task for task in schedule.tasks() if task.kind in (spec.FFN2, spec.COMBINE)]
     second = tail[20 : 20 + 20 + schedule.combine_tiles]  # 10 tiles x 2 blocks, then group 1

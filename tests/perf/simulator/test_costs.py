@@ -9,7 +9,7 @@ from megakernel.config import KernelConfig
 from megakernel.plan.protocol import NAMES
 from megakernel.plan.schedule import Task
 from perf.problems.cases import SHAPES, TINY
-from perf.simulator.costs import COMMON_NAMES, H200, MeasuredCosts, RooflineCosts
+from perf.simulator.costs import COMMON_NAMES, H200, MeasuredCosts, Product, RooflineCosts
 from perf.simulator.predict import make_launch
 
 QWEN = SHAPES["Qwen3-30B-A3B"]
@@ -63,7 +63,9 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
     roofs = replace(H200.roofs, l2_bytes_per_s=1e15)
     machine = replace(H200, roofs=roofs, latency_us=0.0, sm_bytes_per_s=1e15)
     tall, fitting = (
-        replace(costs, machine=machine, heights=heights).gemm(64, 256, 2048, 0, 0, 132).steps_us
+        replace(costs, machine=machine, heights=heights)
+        .gemm(Product(64, 256, 2048, 1, 0.0), 0, 0, 0, 132)
+        .steps_us
         for heights in ((128,), (16, 32, 64, 128))
     )
     assert fitting == pytest.approx(tall / 2)

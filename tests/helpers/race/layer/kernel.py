@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from megakernel.launch.workspace import Workspace, workspace_for
@@ -40,7 +41,23 @@ def latest_schedule() -> Schedule:
         return schedule
     num_tiles = int(memory.scratch.num_tiles_1)
     is_known = 0 <= num_tiles <= schedule.num_tiles  # scatter has written it
-    return replace(schedule, num_tiles=num_tiles) if is_known else schedule
+    return replace(schedule, num_tiles=num_tiles, counted=True) if is_known else schedule
+
+
+def padding() -> np.ndarray:
+    """Return the addresses of assignment_of_C, made by the last launch, that hold no assignment.
+
+    FFN1 reads them with the others and drops what it finds.
+    """
+    memory, schedule = workspace().latest, latest_schedule()
+    assert memory is not None
+    assignment_of_C, rows_of_tile = memory.rows.assignment_of_C, memory.rows.rows_of_tile
+    if assignment_of_C is None or rows_of_tile is None:
+        return np.zeros(0, np.int64)
+    num_tiles = schedule.num_tiles - schedule.shared_tiles
+    row = torch.arange(num_tiles * schedule.spec.block_rows).view(num_tiles, -1)
+    filled = row % schedule.spec.block_rows < rows_of_tile[:num_tiles, None]
+    return assignment_of_C.data_ptr() + 4 * row[~filled].numpy()
 
 
 def name_task(task: int) -> str | None:

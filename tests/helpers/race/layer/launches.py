@@ -24,6 +24,7 @@ from tests.helpers.race.layer.parts import call_part
 CONFIG = KernelConfig(
     num_workers=1, block_rows=16, block_i=16, block_h=16, step=32, block_tokens=16,
     block_experts=64, select_tokens=16, combine_tokens=16, column_groups=2, tile_group=2,
+    blocks_per_task=1,
 )  # fmt: skip
 T, K, E, H, I = 35, 2, 36, 64, 32
 USED = (0, 3, 34)  # experts of the routing: few, for few row tiles, in both blocks of bins
@@ -161,6 +162,14 @@ LAUNCHES = [
     Launch("odd-widths", "no descriptors, masks everywhere", widths=(37, 19)),
     Launch("bfloat16", "elements of two bytes", dtype=torch.bfloat16),
     Launch("select-in-parts", "a gate task selects twice", config={"block_tokens": 32}),
+    Launch("wide", "tasks of two blocks and one, in the last column group of one", widths=(144, 64),
+           config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 3}, sampled=True),
+    Launch("wide-replay", "such tasks of a replay, one column group", "replay", widths=(80, 48),
+           config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 1}),
+    Launch("wide-shared", "such tasks, shared ones among them", shared_width=80, widths=(80, 48),
+           config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 2}),
+    Launch("half-tails", "row tiles that are half empty", config={"half_tails": True}),
+    Launch("no-look-ahead", "claims and row tables after the waits", config={"look_ahead": False}),
     Launch("timed", "a launch that writes times", config={"record_times": True}),
     Launch("timed-replay", "a replay that writes times", "replay", config={"record_times": True}),
 ]  # fmt: skip
