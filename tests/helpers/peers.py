@@ -81,7 +81,8 @@ def liger_cute_kernels(monkeypatch):
             raise ValueError("MoE input exceeds configured capacity")
         assert num_experts <= most.num_experts and top_k <= most.top_k
         assert expert_indices.dtype == torch.int32 and expert_indices.shape[1] == top_k
-        assert expert_weights.dtype == torch.float32
+        assert expert_weights.dtype == X.dtype == torch.bfloat16
+        assert all_B.stride(0) == all_C.stride(0) and all_B.stride(2) == all_C.stride(2) == 1
         return experts_sum(X, expert_indices, expert_weights, all_B, all_C, all_A)
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

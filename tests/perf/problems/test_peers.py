@@ -53,7 +53,7 @@ def stood_in(request, monkeypatch):
 
 
 def test_a_peer_is_called_as_its_package_wants_it(stood_in):
-    problem = make_problem(Case(TINY, 20, "zipf"), torch.device("cpu"), torch.float32)
+    problem = make_problem(Case(TINY, 20, "zipf"), torch.device("cpu"))
     ready = prepare(problem, (stood_in,))
     assert not ready.skipped
     assert list(ready.calls) == [stood_in.name]
