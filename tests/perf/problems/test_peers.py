@@ -15,6 +15,7 @@ from perf.problems.ready import prepare
 from perf.problems.tensors import make_problem
 from perf.problems.training import prepare_steps
 from tests.helpers.peers import STAND_INS
+from tests.helpers.sources import ROOT
 
 
 def test_importing_peers_imports_no_peer():
@@ -31,6 +32,11 @@ def test_names_are_distinct_and_ours_come_first():
     assert [p.is_ours for p in ALL_PROVIDERS] == sorted(
         (p.is_ours for p in ALL_PROVIDERS), reverse=True
     )
+
+
+def test_the_page_of_peers_names_everyone():
+    page = (ROOT / "perf" / "peers.md").read_text()
+    assert [peer.name for peer in PEERS if f"| {peer.name}" not in page.replace(", ", "| ")] == []
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
