@@ -6,6 +6,8 @@ timed. Every provider's call includes the router except ``ours given``, whose ro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ class Provider:
         capturable: whether a CUDA graph can hold the call; False where it synchronises.
         is_ours: whether its failure is ours.
         has_router: whether the call computes the router.
+        trains: whether the call's output can be differentiated.
     """
 
     name: str
@@ -40,10 +43,25 @@ class Provider:
     capturable: bool = True
     is_ours: bool = False
     has_router: bool = True
+    trains: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name in results: other people's layers with the version of their package."""
+        return f"{self.name} {version_of(self.package)}".strip() if self.package else self.name
 
     def why_missing(self, device: torch.device) -> str | None:
         """Return why this provider cannot run here, or None."""
         return extras.why_missing(self.package, self.needs_gpu, device.type == "cuda")
+
+
+@cache
+def version_of(package: str) -> str:
+    """Return the version of what a module was installed from, "" where nothing says so."""
+    try:
+        return metadata.version(metadata.packages_distributions().get(package, [package])[0])
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def live_output(problem: Problem) -> Callable[[], megakernel.MoEOutput]:
@@ -145,6 +163,6 @@ OURS = (
     Provider("ours given", ours_given, is_ours=True, has_router=False),
 )
 PLAIN = (
-    Provider("eager loop", eager, capturable=False),
-    Provider("grouped_mm", grouped_mm),
+    Provider("eager loop", eager, capturable=False, trains=True),
+    Provider("grouped_mm", grouped_mm, trains=True),
 )

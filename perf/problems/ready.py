@@ -9,6 +9,7 @@ from torch import Tensor
 import reference
 from perf.problems.providers import Call, Provider, eager
 from perf.problems.tensors import Problem
+from perf.problems.tuning import quick_autotuning
 
 # A provider's error against float64 may be this many times that of eager PyTorch.
 MOST_TIMES_EAGER_ERROR = 3.0
@@ -96,8 +97,10 @@ def _prepare_one(
 ) -> Call | str:
     """Return the checked call, or why it must not be timed; an error of ours is raised."""
     try:
-        call = provider.prepare(problem)
-        reason = why_wrong(call(), problem, truth_TH, eager_error)
+        with quick_autotuning(problem.x_TH.device):
+            call = provider.prepare(problem)
+            y_TH = call()
+        reason = why_wrong(y_TH, problem, truth_TH, eager_error)
     except Exception as error:  # whatever other people's packages raise
         if provider.is_ours:
             raise

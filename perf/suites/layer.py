@@ -92,7 +92,7 @@ def time_providers(
     """Check and time providers on one case; add times, rates and ratios.
 
     Returns:
-        timing_of[mode, provider].
+        timing_of[mode, label of the provider].
     """
     try:
         problem = make_problem(case, bench.device)
@@ -106,8 +106,9 @@ def time_providers(
         for name, reason in ready.failed.items()
     ]
     not_captured = [provider.name for provider in providers if not provider.capturable]
+    label_of = {provider.name: provider.label for provider in providers}
     timing_of = {
-        (mode, name): timing
+        (mode, label_of[name]): timing
         for mode, timings in bench.time(ready.calls, not_captured).items()
         for name, timing in timings.items()
     }
@@ -142,7 +143,7 @@ def add_peer_ratios(
 ) -> None:
     """Add each of our times over that of the best peer that computes the router as well."""
     routing_ours = {p.name for p in providers if p.is_ours and p.has_router}
-    peers = {p.name for p in providers if not p.is_ours}
+    peers = {p.label for p in providers if not p.is_ours}
     for (mode, name), timing in timing_of.items():
         best = [t.median for (m, peer), t in timing_of.items() if m == mode and peer in peers]
         if name in routing_ours and best:

@@ -1,5 +1,7 @@
 """The suites for the GPU, rehearsed on one tiny case: every path but the device's clock."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,6 +55,16 @@ def test_no_number_on_red():
     time_providers(bench, "forward", CASE, (wrong, *PLAIN))
     assert "tiny/uniform T=16 ours live: wrong output" in bench.failures[0]
     assert "ours live" not in {row.provider for row in bench.rows}
+
+
+def test_a_peer_is_named_with_its_version_and_counts_as_the_best_peer(monkeypatch):
+    monkeypatch.setattr("perf.problems.providers.version_of", lambda package: "1.2")
+    bench = rehearsal()
+    peer = replace(PLAIN[1], name="peer", package="torch")
+    time_providers(bench, "forward", CASE, (OURS[0], peer))
+    times = {row.provider: row.median for row in bench.rows if row.metric == "time"}
+    ratios = [row.median for row in bench.rows if row.metric == "time over best peer"]
+    assert ratios == [pytest.approx(times["ours live"] / times["peer 1.2"])]
 
 
 def test_a_broken_case_is_a_failure_and_not_the_end():

@@ -1,0 +1,115 @@
+"""A training step gives the gradients of the whole layer, or is not timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference
+from perf.problems.cases import TINY, Case
+from perf.problems.peers import ALL_PROVIDERS, PEERS
+from perf.problems.providers import OURS, PLAIN, Provider, eager
+from perf.problems.tensors import make_problem
+from perf.problems.training import (
+    Gradients,
+    make_upstream,
+    prepare_steps,
+    train_step,
+    true_gradients,
+    why_wrong_gradients,
+)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(Case(TINY, 20, "zipf"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def truth(problem):
+    return true_gradients(problem)
+
+
+def test_the_truth_is_what_autograd_says_of_the_whole_layer(problem, truth):
+    leaves = [getattr(problem, name).double().requires_grad_() for name in Gradients._fields]
+    y_TH = reference.moe(*leaves, problem.top_k)
+    y_TH.backward(make_upstream(problem).double())
+    for name, leaf, true in zip(Gradients._fields, leaves, truth, strict=True):
+        assert torch.allclose(leaf.grad, true, rtol=1e-9, atol=1e-12), name
+
+
+def test_those_who_are_always_here_and_train_are_ready(problem):
+    steps, skipped = prepare_steps(problem, PLAIN)
+    assert list(steps) == ["eager loop", "grouped_mm"]
+    assert not skipped
+
+
+def test_a_step_leaves_the_problem_without_gradients(problem):
+    train_step(PLAIN[1], problem)()
+    assert not problem.x_TH.requires_grad
+    assert problem.gate_up_E2IH.grad is None
+
+
+def test_a_provider_without_gradients_is_refused(problem):
+    with pytest.raises(ValueError, match="provider must train, got 'ours live'"):
+        train_step(OURS[0], problem)
+
+
+def test_who_trains_computes_the_router():
+    assert [one.name for one in ALL_PROVIDERS if one.trains and not one.has_router] == []
+
+
+def scaled(name, factor):
+    """A provider that is right but for one gradient."""
+
+    def prepare(problem):
+        tensor = getattr(problem, name)
+        # The values stay, and only the gradient is scaled.
+        wrong = tensor.detach() + (tensor - tensor.detach()) * factor
+        return eager(replace(problem, **{name: wrong}))
+
+    return Provider(f"{name} times {factor}", prepare, trains=True)
+
+
+@pytest.mark.parametrize("name", Gradients._fields)
+def test_one_wrong_gradient_is_enough_to_be_skipped(problem, name):
+    steps, skipped = prepare_steps(problem, (scaled(name, 1.0), scaled(name, 1.2)))
+    assert list(steps) == [f"{name} times 1.0"]
+    assert skipped[f"{name} times 1.2"].startswith(f"wrong gradient of {name}: error")
+
+
+def test_a_gradient_of_another_shape_is_wrong(truth):
+    cut = truth._replace(x_TH=truth.x_TH[1:])
+    assert why_wrong_gradients(cut, truth, (1.0,) * 4) == "wrong gradient of x_TH: (19, 64)"
+
+
+def test_who_is_not_here_or_breaks_is_skipped_with_the_reason(problem):
+    def breaks(problem):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    missing = Provider("missing", breaks, package="no_such_package", trains=True)
+    broken = Provider("broken", breaks, trains=True)
+    steps, skipped = prepare_steps(problem, (missing, broken, OURS[0]))
+    assert not steps
+    assert skipped == {
+        "missing": "no_such_package is not installed",
+        "broken": "RuntimeError: no kernel image",
+        "ours live": "ValueError: provider must train, got 'ours live'",
+    }
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.trains], ids=lambda p: p.name)
+def test_an_installed_peer_has_the_right_gradients(problem, peer):
+    if reason := peer.why_missing(torch.device("cpu")):
+        pytest.skip(reason)
+    steps, skipped = prepare_steps(problem, (peer,))
+    assert not skipped
+    assert list(steps) == [peer.name]
+
+
+@pytest.mark.gpu
+def test_training_peers_on_the_gpu_agree_or_say_why_not(device):
+    problem = make_problem(Case(TINY, 64, "zipf"), device)
+    who_train = [peer for peer in PEERS if peer.trains]
+    steps, skipped = prepare_steps(problem, who_train)
+    assert set(steps) | set(skipped) == {peer.name for peer in who_train}
