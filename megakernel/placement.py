@@ -58,7 +58,7 @@ class Placement:
             raise ValueError(f"expert_of_P must hold an expert, got {experts}")
         object.__setattr__(self, "slots", make_slots(experts, self.expert_of_P.device))
         slot_TK = self.slot_of_TK
-        slot_int32_TK = None if slot_TK is None else slot_TK.int().contiguous()
+        slot_int32_TK = None if slot_TK is None else as_kept(slot_TK)
         object.__setattr__(self, "slot_int32_TK", slot_int32_TK)
         object.__setattr__(self, "held_experts", frozenset(experts) - {-1})
 
@@ -116,6 +116,17 @@ class Placement:
         return self.slots.slots_of_EV.shape[1]
 
 
+@torch.inference_mode(False)
+def as_kept(integers: Tensor) -> Tensor:
+    """Return integers as the kernel reads them, int32 and contiguous, to be used in any mode.
+
+    What is kept for later calls may meet autograd there, which refuses tensors of inference mode.
+    """
+    kept = integers.int().contiguous()
+    return kept.clone() if kept.is_inference() else kept
+
+
+@torch.inference_mode(False)
 def make_slots(experts: list[int], device: torch.device) -> Slots:
     """Derive the kernel's tables from the expert of each slot; see Slots for an example."""
     slots_of_E: list[list[int]] = [[] for _ in range(max(experts) + 1)]
