@@ -9,7 +9,9 @@ from megakernel.config import KernelConfig
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import Call, make_spec
 from megakernel.launch.descriptors import as_operand
-from megakernel.launch.workspace import Memory, Workspace, is_capturing, workspace_for
+from megakernel.launch.memory import Memory
+from megakernel.launch.streams import TURN, is_capturing
+from megakernel.launch.workspace import Workspace, workspace_for
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.schedule import count_row_tiles
 from megakernel.plan.spec import KernelSpec
@@ -18,14 +20,21 @@ from megakernel.plan.spec import KernelSpec
 def launch(call: Call) -> None:
     """Run the layer: one Triton launch, nothing else, once the workspace is warm.
 
+    Threads launch one after another, whichever streams they use.
+
     Args:
         call: checked; outputs are written in place.
 
     Raises:
         MegakernelStall, ValueError: what this call reported (CPU), or an earlier one (GPU).
     """
-    device, config = call.tokens.device, call.rule.config
-    workspace = workspace_for(device)
+    with TURN:
+        launch_on(workspace_for(call.tokens.device), call)
+
+
+def launch_on(workspace: Workspace, call: Call) -> None:
+    """Launch with the workspace of the current stream, which nobody else uses meanwhile."""
+    device, config = workspace.device, call.rule.config
     if device.type == "cpu" and call.rule.route == "given":
         check_given(call)
     if not is_capturing(device):
@@ -38,8 +47,9 @@ def launch(call: Call) -> None:
     try:
         with current:
             moe_kernel[(workers,)](*arguments, workers, polls, C=spec, num_warps=config.num_warps)
-    except Exception:
-        # An interrupted launch leaves counters that would stall the next one, and half a timeline.
+    except BaseException:
+        # An interrupted launch, by Ctrl-C too, leaves counters that would stall the next one, and
+        # half a timeline.
         workspace.reset()
         raise
     if device.type == "cpu":
