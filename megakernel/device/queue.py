@@ -145,6 +145,7 @@ def leave(control, num_workers, schedule_id, size, C: tl.constexpr):
             counter = start + tl.arange(0, 128)
             tl.store(control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters)
         if tl.max(tl.where(error != 0, 1, 0), 0) != 0:
+            tl.debug_barrier()  # each warp has read them for itself, and all go the same way
             tl.store(control.error + word, 0)
             error = tl.where(word == C.SCHEDULE_AT, schedule_id, error)
             hand_over(control, C.STALL_AT, error, C)
