@@ -1,12 +1,12 @@
 """Which device and stream are asked, and that one launches at a time."""
 
 import os
-from threading import Thread
+import time
+from threading import Event, Thread
 
 import pytest
 import torch
 
-from megakernel.launch import streams
 from megakernel.launch.streams import TURN, is_capturing, stream_of, with_index
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -57,9 +57,19 @@ def test_a_turn_is_one_threads_who_may_take_it_again():
 
 
 def test_a_forked_process_finds_the_turn_free():
-    """Another thread has it when this one forks; the child has no such thread."""
-    with TURN:
-        child = os.fork()
-        if not child:
-            os._exit(0 if streams.TURN.acquire(timeout=LIMIT_SECONDS) else 1)
+    """Another thread has it when this one asks for a fork; the child has no such thread."""
+    taken = Event()
+
+    def take_for_a_while() -> None:
+        with TURN:
+            taken.set()
+            time.sleep(0.3)
+
+    other = Thread(target=take_for_a_while)
+    other.start()
+    assert taken.wait(LIMIT_SECONDS)
+    child = os.fork()
+    if not child:
+        os._exit(0 if TURN.acquire(timeout=1) else 1)
+    other.join(LIMIT_SECONDS)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
