@@ -37,6 +37,7 @@ class Placement:
     slot_int32_TK: Tensor | None = field(init=False, repr=False)  # as the kernel reads it
     held_experts: frozenset[int] = field(init=False, repr=False)
 
+    @torch.inference_mode(False)  # tables serve later calls, of whatever mode
     def __post_init__(self) -> None:
         """Check the maps and derive the tables, ahead of any launch."""
         for name in ("expert_of_P", "slot_of_TK"):
@@ -63,6 +64,7 @@ class Placement:
         object.__setattr__(self, "held_experts", frozenset(experts) - {-1})
 
     @classmethod
+    @torch.inference_mode(False)
     def from_plan(
         cls, plan: Any, micro_batch: int, layer: int, device: torch.device | str | None = None
     ) -> Self:
@@ -126,7 +128,6 @@ def as_kept(integers: Tensor) -> Tensor:
     return kept.clone() if kept.is_inference() else kept
 
 
-@torch.inference_mode(False)
 def make_slots(experts: list[int], device: torch.device) -> Slots:
     """Derive the kernel's tables from the expert of each slot; see Slots for an example."""
     slots_of_E: list[list[int]] = [[] for _ in range(max(experts) + 1)]
