@@ -28,32 +28,27 @@ def launch(call: Call) -> None:
     Raises:
         MegakernelStall, ValueError: what this call reported (CPU), or an earlier one (GPU).
     """
-    with TURN:
-        launch_on(workspace_for(call.tokens.device), call)
-
-
-def launch_on(workspace: Workspace, call: Call) -> None:
-    """Launch with the workspace of the current stream, which nobody else uses meanwhile."""
-    device, config = workspace.device, call.rule.config
-    if device.type == "cpu" and call.rule.route == "given":
-        check_given(call)
-    if not is_capturing(device):
-        workspace.raise_errors()
-    spec = make_spec(call)
-    arguments = kernel_arguments(call, spec, workspace)
+    device, config = call.tokens.device, call.rule.config
     # Triton launches on the current device, which need not be the tensors'.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    workers, polls = resolve_workers(config, device), resolve_polls(config, device)
-    try:
-        with current:
+    with TURN, current:
+        workspace = workspace_for(device)
+        if device.type == "cpu" and call.rule.route == "given":
+            check_given(call)
+        if not is_capturing(device):
+            workspace.raise_errors()
+        spec = make_spec(call)
+        arguments = kernel_arguments(call, spec, workspace)
+        workers, polls = resolve_workers(config, device), resolve_polls(config, device)
+        try:
             moe_kernel[(workers,)](*arguments, workers, polls, C=spec, num_warps=config.num_warps)
-    except BaseException:
-        # An interrupted launch, by Ctrl-C too, leaves counters that would stall the next one, and
-        # half a timeline.
-        workspace.reset()
-        raise
-    if device.type == "cpu":
-        workspace.raise_errors()
+        except BaseException:
+            # An interrupted launch, by Ctrl-C too, leaves counters that would stall the next one,
+            # and half a timeline.
+            workspace.reset()
+            raise
+        if device.type == "cpu":
+            workspace.raise_errors()
 
 
 def check_given(call: Call) -> None:
