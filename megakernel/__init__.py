@@ -11,7 +11,7 @@ from megakernel.api import MoEOutput, moe, moe_routed, prepare_replay
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
 from megakernel.experts import Experts, SharedExpert
-from megakernel.launch.workspace import check
+from megakernel.launch.workspace import check, release_workspaces
 from megakernel.placement import Placement
 from megakernel.replay import Replay
 from megakernel.router import Router
@@ -29,6 +29,7 @@ __all__ = [
     "moe",
     "moe_routed",
     "prepare_replay",
+    "release_workspaces",
 ]
 
 

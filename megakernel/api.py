@@ -16,7 +16,7 @@ from megakernel.experts import Experts
 from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
 from megakernel.launch.op import launcher
 from megakernel.launch.tuned import at_height, default_config
-from megakernel.placement import Placement
+from megakernel.placement import Placement, as_kept
 from megakernel.replay import Replay, check_routing, sort_into_rows
 from megakernel.router import Router
 
@@ -143,7 +143,7 @@ def prepare_replay(
         ValueError: naming the argument, the rule and the value.
     """
     check_routing(expert_of_TK, num_experts, placement)
-    ids_TK = expert_of_TK.int().contiguous()
+    ids_TK = as_kept(expert_of_TK)
     if config is not None:
         return sort_into_rows(ids_TK, num_experts, placement, config.block_rows, is_fixed=True)
     if experts is None:

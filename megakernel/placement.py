@@ -37,6 +37,7 @@ class Placement:
     slot_int32_TK: Tensor | None = field(init=False, repr=False)  # as the kernel reads it
     held_experts: frozenset[int] = field(init=False, repr=False)
 
+    @torch.inference_mode(False)  # tables serve later calls, of whatever mode
     def __post_init__(self) -> None:
         """Check the maps and derive the tables, ahead of any launch."""
         for name in ("expert_of_P", "slot_of_TK"):
@@ -58,11 +59,12 @@ class Placement:
             raise ValueError(f"expert_of_P must hold an expert, got {experts}")
         object.__setattr__(self, "slots", make_slots(experts, self.expert_of_P.device))
         slot_TK = self.slot_of_TK
-        slot_int32_TK = None if slot_TK is None else slot_TK.int().contiguous()
+        slot_int32_TK = None if slot_TK is None else as_kept(slot_TK)
         object.__setattr__(self, "slot_int32_TK", slot_int32_TK)
         object.__setattr__(self, "held_experts", frozenset(experts) - {-1})
 
     @classmethod
+    @torch.inference_mode(False)
     def from_plan(
         cls, plan: Any, micro_batch: int, layer: int, device: torch.device | str | None = None
     ) -> Self:
@@ -114,6 +116,16 @@ class Placement:
         """V."""
         assert self.slots.slots_of_EV is not None
         return self.slots.slots_of_EV.shape[1]
+
+
+@torch.inference_mode(False)
+def as_kept(integers: Tensor) -> Tensor:
+    """Return integers as the kernel reads them, int32 and contiguous, to be used in any mode.
+
+    What is kept for later calls may meet autograd there, which refuses tensors of inference mode.
+    """
+    kept = integers.int().contiguous()
+    return kept.clone() if kept.is_inference() else kept
 
 
 def make_slots(experts: list[int], device: torch.device) -> Slots:

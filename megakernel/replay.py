@@ -66,6 +66,7 @@ class Replay:
         return self.other_heights[block_rows]
 
 
+@torch.inference_mode(False)  # tables are kept for later calls, of whatever mode
 def sort_into_rows(
     ids_TK: Tensor,
     num_experts: int,

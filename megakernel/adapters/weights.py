@@ -32,6 +32,7 @@ def view_stacked(matrices: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided(shape, (first.numel(), *first.stride()))
 
 
+@torch.inference_mode(False)  # parameters that came from it could not be trained
 def pack_stacked(parameters: Sequence[nn.Parameter]) -> None:
     """Move parameters into one block of memory; they stay the same objects with the same values.
 
@@ -61,6 +62,7 @@ def view_gate_up(gate_EIH: Tensor, up_EIH: Tensor) -> Tensor | None:
     return gate_EIH.as_strided((num_experts, 2 * rows, width), strides)
 
 
+@torch.inference_mode(False)  # parameters that came from it could not be trained
 def pack_gate_up(gate_EIH: nn.Parameter, up_EIH: nn.Parameter) -> None:
     """Let each expert's up rows follow its gate rows; the parameters become views with strides.
 

@@ -153,12 +153,34 @@ def leave(control, num_workers, schedule_id, size, C: tl.constexpr):
     tl.debug_barrier()
     place = control.counters + C.EXIT * C.COUNTER_STRIDE
     if tl.atomic_add(place, 1, sem="acq_rel") == num_workers - 1:
-        num_counters = count_counters(size, C)
+        word = tl.arange(0, C.ERROR_WORDS)
+        error = tl.load(control.error + word)
+        # A worker that gave up has no row tiles; whoever said so first knew of all there can be.
+        stalled_tiles = tl.sum(tl.where(word == C.STALL_AT + 5, error, 0), 0)
+        num_counters = count_counters(size, C) + max(stalled_tiles - size.num_tiles, 0)
         for start in range(0, num_counters, 128):
             counter = start + tl.arange(0, 128)
             tl.store(control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters)
-        word = tl.arange(0, C.ERROR_WORDS)
-        error = tl.load(control.error + word)
         if tl.max(tl.where(error != 0, 1, 0), 0) != 0:
-            tl.store(control.report + word, tl.where(word == C.SCHEDULE_AT, schedule_id, error))
+            tl.debug_barrier()  # each warp has read them for itself, and all go the same way
             tl.store(control.error + word, 0)
+            error = tl.where(word == C.SCHEDULE_AT, schedule_id, error)
+            hand_over(control, C.STALL_AT, error, C)
+            hand_over(control, C.INPUT_AT, error, C)
+
+
+@triton.jit
+def hand_over(control, AT: tl.constexpr, error, C: tl.constexpr):
+    """Report the error of a kind, unless the host has not read the last one yet.
+
+    Order: the flag is released to the host behind the words that belong to it. The host clears it
+    when it has read them, and that is acquired before they are written again.
+    """
+    word = tl.arange(0, C.ERROR_WORDS)
+    flag = tl.sum(tl.where(word == AT, error, 0), 0)
+    if flag != 0:  # noqa: SIM102  (the host's memory is far: looked at only when needed)
+        if tl.atomic_add(control.report + AT, 0, sem="acquire", scope="sys") == 0:
+            belongs = (word > AT) & (word < AT + C.ERROR_WORDS // 2)
+            tl.store(control.report + word, error, mask=belongs)
+            tl.debug_barrier()
+            tl.atomic_xchg(control.report + AT, flag, sem="release", scope="sys")

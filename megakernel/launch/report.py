@@ -6,17 +6,19 @@ from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
 
 
-def describe_stall(words: list[int], schedule: Schedule) -> str:
-    """Say which task waited for which counter."""
+def describe_stall(words: list[int], schedule: Schedule | None) -> str:
+    """Say which task waited for which counter, by number alone where the schedule is forgotten."""
     _, task, counter, seen, target, num_tiles = words[Protocol.STALL_AT :][:6]
-    # A launch that makes its rows counts its row tiles itself.
-    schedule = replace(schedule, num_tiles=num_tiles, counted=True)
-    name = schedule.describe_task(task)
+    name, awaited = f"task {task}", f"counter {counter}"
+    if schedule is not None:
+        # A launch that makes its rows counts its row tiles itself.
+        schedule = replace(schedule, num_tiles=num_tiles, counted=True)
+        name, awaited = schedule.describe_task(task), schedule.describe_counter(counter)
     if counter == Protocol.SCATTER_DONE:  # what the task is only the row tables would say
         name = f"task {task} (the first of a worker that needs the row tables)"
     return (
-        f"{name} waited for {schedule.describe_counter(counter)} "
-        f"to reach {target}, saw {seen}; the outputs of that call are not valid"
+        f"{name} waited for {awaited} to reach {target}, saw {seen}; "
+        "the outputs of that call are not valid"
     )
 
 

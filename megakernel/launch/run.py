@@ -9,7 +9,9 @@ from megakernel.config import KernelConfig
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import Call, make_spec
 from megakernel.launch.descriptors import as_operand
-from megakernel.launch.workspace import Memory, Workspace, is_capturing, workspace_for
+from megakernel.launch.memory import Memory
+from megakernel.launch.streams import TURN, is_capturing
+from megakernel.launch.workspace import Workspace, workspace_for
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.schedule import count_row_tiles
 from megakernel.plan.spec import KernelSpec
@@ -18,6 +20,8 @@ from megakernel.plan.spec import KernelSpec
 def launch(call: Call) -> None:
     """Run the layer: one Triton launch, nothing else, once the workspace is warm.
 
+    Threads launch one after another, whichever streams they use.
+
     Args:
         call: checked; outputs are written in place.
 
@@ -25,25 +29,26 @@ def launch(call: Call) -> None:
         MegakernelStall, ValueError: what this call reported (CPU), or an earlier one (GPU).
     """
     device, config = call.tokens.device, call.rule.config
-    workspace = workspace_for(device)
-    if device.type == "cpu" and call.rule.route == "given":
-        check_given(call)
-    if not is_capturing(device):
-        workspace.raise_errors()
-    spec = make_spec(call)
-    arguments = kernel_arguments(call, spec, workspace)
     # Triton launches on the current device, which need not be the tensors'.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    workers, polls = resolve_workers(config, device), resolve_polls(config, device)
-    try:
-        with current:
+    with TURN, current:
+        workspace = workspace_for(device)
+        if device.type == "cpu" and call.rule.route == "given":
+            check_given(call)
+        if not is_capturing(device):
+            workspace.raise_errors()
+        spec = make_spec(call)
+        arguments = kernel_arguments(call, spec, workspace)
+        workers, polls = resolve_workers(config, device), resolve_polls(config, device)
+        try:
             moe_kernel[(workers,)](*arguments, workers, polls, C=spec, num_warps=config.num_warps)
-    except Exception:
-        # An interrupted launch leaves counters that would stall the next one, and half a timeline.
-        workspace.reset()
-        raise
-    if device.type == "cpu":
-        workspace.raise_errors()
+        except BaseException:
+            # An interrupted launch, by Ctrl-C too, leaves counters that would stall the next one,
+            # and half a timeline.
+            workspace.reset()
+            raise
+        if device.type == "cpu":
+            workspace.raise_errors()
 
 
 def check_given(call: Call) -> None:

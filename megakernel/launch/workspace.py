@@ -1,51 +1,30 @@
-"""Scratch memory: where bytes live, who owns them, and what a launch left in the error words."""
+"""Scratch memory of each stream: who owns it, when it goes, and what launches left in its report.
+
+A workspace has an arena that grows with the launches of its stream. PyTorch's allocator gives an
+arena to the stream that uses it, so memory that is let go while a launch still runs on it is used
+again behind that launch only. What the host reads, the report, is never let go.
+"""
 
 from dataclasses import dataclass, field
-from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megakernel.errors import MegakernelStall
+from megakernel.launch.memory import Memory, make_memory, place
 from megakernel.launch.report import describe_bad_input, describe_stall
-from megakernel.plan.buffers import Control, Rows, Scratch
+from megakernel.launch.streams import TURN, is_capturing, stream_of, with_index
+from megakernel.plan.buffers import Control
 from megakernel.plan.protocol import Protocol
 from megakernel.plan.schedule import Schedule
-from megakernel.plan.scratch import Shape, scratch_shapes
+from megakernel.plan.scratch import scratch_shapes
 from megakernel.plan.spec import KernelSpec
 
-ALIGNMENT_BYTES = 256
 NOT_WARM = "call the layer once with the same shapes before capturing it in a CUDA graph"
-
-
-def place(shapes: dict[str, tuple[Shape, torch.dtype]]) -> tuple[dict[str, int], int]:
-    """Return each tensor's byte offset and the bytes they take together."""
-    offsets, end = {}, 0
-    for name, (shape, dtype) in shapes.items():
-        offsets[name] = end
-        size_bytes = max(prod(shape), 1) * dtype.itemsize
-        end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return offsets, end
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Views of the arena for one launch shape.
-
-    Attributes:
-        schedule_id: place of the schedule among those of the workspace.
-        schedule: what is launched.
-        scratch: what tasks hand to later ones.
-        rows: the row tables; all None where they come with the call.
-        times: None unless the launch is timed.
-    """
-
-    schedule_id: int
-    schedule: Schedule
-    scratch: Scratch
-    rows: Rows
-    times: Tensor | None
+MOST_ARENAS = 8  # of a device, beside those of CUDA graphs
+MOST_SHAPES = 512  # launch shapes whose views a workspace keeps
+MOST_SCHEDULES = 4096  # more than there are launches waiting, any of which may report one
 
 
 @dataclass
@@ -56,22 +35,27 @@ class Workspace:
     arena: Tensor = field(init=False)
     control: Control = field(init=False)
     report: np.ndarray = field(init=False)  # the words of control.report, quicker to look at
-    schedules: list[Schedule] = field(default_factory=list)
+    schedules: dict[int, Schedule] = field(default_factory=dict)  # by the number a report has
+    num_schedules: int = 0  # so far
     views: dict[tuple, Memory] = field(default_factory=dict)
     latest: Memory | None = None  # of the last launch, unless that failed
     captured: bool = False
-    outgrown_arenas: list[Tensor] = field(default_factory=list)
-    outgrown_counters: list[Tensor] = field(default_factory=list)
+    outgrown: list[Tensor] = field(default_factory=list)  # that a graph still points at
 
     def __post_init__(self) -> None:
         """Allocate the error words; arena and counters grow with the first launch."""
-        self.arena = torch.empty(0, dtype=torch.uint8, device=self.device)
-        error = torch.zeros(Protocol.ERROR_WORDS, dtype=torch.int32, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        report = torch.zeros(Protocol.ERROR_WORDS, dtype=torch.int32, pin_memory=on_gpu)
-        self.control = Control(
-            torch.zeros(0, dtype=torch.int32, device=self.device), error, report
-        )
+        # Memory that outlives the call is normal memory, whatever mode the first call comes in:
+        # PyTorch lets nobody change a tensor of inference mode outside of it.
+        with torch.inference_mode(False):
+            error = torch.zeros(Protocol.ERROR_WORDS, dtype=torch.int32, device=self.device)
+            report = torch.zeros(
+                Protocol.ERROR_WORDS,
+                dtype=torch.int32,
+                device="cpu",
+                pin_memory=self.device.type == "cuda",
+            )
+            self.arena, counters = make_arena(self.device, 0, 0)
+        self.control = Control(counters, error, report)
         self.report = report.numpy()
 
     def memory_for(
@@ -81,6 +65,8 @@ class Workspace:
         key = (spec, num_tokens, num_tiles, dtype)
         found = self.views.get(key)
         if found is None:
+            if len(self.views) >= MOST_SHAPES:
+                self.views.clear()
             schedule = Schedule(spec, num_tokens, num_tiles, counted=not spec.makes_rows)
             found = self._make_memory(schedule, dtype)
             self.views[key] = found
@@ -89,67 +75,99 @@ class Workspace:
 
     def _make_memory(self, schedule: Schedule, dtype: torch.dtype) -> Memory:
         shapes = scratch_shapes(schedule, dtype)
-        offsets, size_bytes = place(shapes)
+        _, size_bytes = place(shapes)
         self._grow(size_bytes, schedule.num_counters * schedule.spec.COUNTER_STRIDE)
-        views = {}
-        for name, (shape, kind) in shapes.items():
-            used_bytes = prod(shape) * kind.itemsize
-            flat = self.arena[offsets[name] : offsets[name] + used_bytes]
-            views[name] = flat.view(kind).view(shape)
-        scratch = Scratch(**{name: views.get(name) for name in Scratch._fields})
-        rows = Rows(**{name: views.get(name) for name in Rows._fields})
-        self.schedules.append(schedule)
-        return Memory(len(self.schedules) - 1, schedule, scratch, rows, views.get("times"))
+        self.num_schedules += 1
+        self.schedules[self.num_schedules] = schedule
+        if not self.captured:  # a graph may report its schedule at any time
+            self.schedules.pop(self.num_schedules - MOST_SCHEDULES, None)
+        with torch.inference_mode(False):
+            return make_memory(self.arena, shapes, schedule, self.num_schedules)
 
     def _grow(self, arena_bytes: int, counter_words: int) -> None:
         if self.holds(arena_bytes, counter_words):
             return
-        if self.captured:  # the graph still points at the memory it was captured with
-            self.outgrown_arenas.append(self.arena)
-            self.outgrown_counters.append(self.control.counters)
-        self.views.clear()
         if is_capturing(self.device):
-            donor = take_warm(self.device, arena_bytes, counter_words)
-            self.arena, counters = donor.arena, donor.control.counters
+            arena, counters = find_warm(self.device, arena_bytes, counter_words).give()
         else:
-            arena_bytes = max(arena_bytes, self.arena.numel())
-            counter_words = max(counter_words, self.control.counters.numel())
-            self.arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self.device)
-            counters = torch.zeros(counter_words, dtype=torch.int32, device=self.device)
-        self.control = self.control._replace(counters=counters)
+            arena, counters = make_arena(
+                self.device,
+                max(arena_bytes, self.arena.numel()),
+                max(counter_words, self.control.counters.numel()),
+            )
+        if self.captured:
+            self.outgrown += [self.arena, self.control.counters]
+        self._use(arena, counters)
+
+    def _use(self, arena: Tensor, counters: Tensor) -> None:
+        self.views.clear()
+        self.arena, self.control = arena, self.control._replace(counters=counters)
 
     def holds(self, arena_bytes: int, counter_words: int) -> bool:
         """Whether the memory is large enough."""
         return arena_bytes <= self.arena.numel() and counter_words <= self.control.counters.numel()
+
+    def give(self) -> tuple[Tensor, Tensor]:
+        """Let go of arena and counters, and return them; errors are still heard of."""
+        given = self.arena, self.control.counters
+        self._use(*make_arena(self.device, 0, 0))
+        self.latest = None
+        return given
+
+    def release(self) -> None:
+        """Let go of all memory, a graph's too, which must not be replayed any more."""
+        if self.captured:  # it may have been made on another stream than it is used on
+            torch.cuda.synchronize(self.device)
+        self.give()
+        self.outgrown.clear()
+        self.captured = False
 
     def fill_scratch(self, byte: int) -> None:
         """Fill the arena, so that a launch that reads what it has not written shows."""
         self.arena.fill_(byte)
 
     def reset(self) -> None:
-        """Bring counters and error words back to what a launch must find, graphs' included."""
-        for words in (self.control.counters, self.control.error, *self.outgrown_counters):
+        """Bring counters and error words back to zero, which a launch that failed did not."""
+        for words in (self.control.counters, self.control.error):
             words.zero_()
         self.latest = None
 
     def raise_errors(self) -> None:
-        """Raise what an earlier launch reported, once. Does not synchronise."""
-        if not (self.report[Protocol.STALL_AT] or self.report[Protocol.INPUT_AT]):
+        """Raise what earlier launches reported, once. Does not synchronise.
+
+        The report has two boxes. A launch fills an empty one and then sets its flag, and touches
+        no full one; so what belongs to a flag is read after it, and only flags are cleared.
+        """
+        stalled, refused = self.report[Protocol.STALL_AT], self.report[Protocol.INPUT_AT]
+        if not (stalled or refused):
             return
-        words = self.report.tolist()
-        self.report[:] = 0
-        if words[Protocol.STALL_AT]:
-            self.reset()
-            schedule = self.schedules[words[Protocol.SCHEDULE_AT]]
-            raise MegakernelStall(describe_stall(words, schedule))
-        raise ValueError(describe_bad_input(words))
+        words, texts = self.report.tolist(), []
+        if stalled:
+            texts.append(describe_stall(words, self.schedules.get(words[Protocol.SCHEDULE_AT])))
+            self.report[Protocol.STALL_AT] = 0
+            self.latest = None
+        if refused:
+            texts.append(describe_bad_input(words))
+            self.report[Protocol.INPUT_AT] = 0
+        raise (MegakernelStall if stalled else ValueError)("; also: ".join(texts))
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+def make_arena(
+    device: torch.device, arena_bytes: int, counter_words: int
+) -> tuple[Tensor, Tensor]:
+    """Allocate an arena, and counters at zero, on the current stream."""
+    with torch.inference_mode(False):
+        return (
+            torch.empty(arena_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(counter_words, dtype=torch.int32, device=device),
+        )
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}  # least recently used first
 
 
 def workspace_for(device: torch.device) -> Workspace:
-    """Return the workspace of the current stream.
+    """Return the workspace of the device's current stream.
 
     A CUDA graph keeps the memory it was captured with: it takes over what an eager call has
     warmed, so that capturing allocates and zeroes nothing, and eager calls make themselves a new
@@ -158,51 +176,96 @@ def workspace_for(device: torch.device) -> Workspace:
     Raises:
         RuntimeError: if capturing starts before any call has warmed a workspace.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _workspaces.get((device, stream))
+    device = with_index(device)
+    key = (device, stream_of(device))
     capturing = is_capturing(device)
-    if found is None:
-        found = take_warm(device, 0, 0) if capturing else Workspace(device)
-        _workspaces[device, stream] = found
-    found.captured |= capturing
-    return found
+    with TURN:
+        found = _workspaces.pop(key, None)
+        if found is None:
+            found = take_warm(device) if capturing else Workspace(device)
+        _workspaces[key] = found
+        if not (capturing or found.arena.numel()):
+            release_oldest(device)
+        found.captured |= capturing
+        return found
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def release_oldest(device: torch.device) -> None:
+    """Make room for one more arena: those used least recently go first, graphs' stay."""
+    held = [
+        space
+        for (owner, _), space in _workspaces.items()
+        if owner == device and not space.captured and space.arena.numel()
+    ]
+    for space in held[: max(len(held) + 1 - MOST_ARENAS, 0)]:
+        space.release()
 
 
-def take_warm(device: torch.device, arena_bytes: int, counter_words: int) -> Workspace:
-    """Remove and return the largest workspace of the device that no graph owns, if it is enough.
+def take_warm(device: torch.device) -> Workspace:
+    """Remove the largest workspace that no graph owns from its stream, and return it.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    warm = find_warm(device, 1, 1)
+    del _workspaces[next(key for key, space in _workspaces.items() if space is warm)]
+    return warm
+
+
+def find_warm(device: torch.device, arena_bytes: int, counter_words: int) -> Workspace:
+    """Return the largest workspace of the device that no graph owns, if it is enough.
 
     Raises:
         RuntimeError: if there is none.
     """
     warm = [
-        key
-        for key, space in _workspaces.items()
-        if key[0] == device and not space.captured and space.holds(arena_bytes, counter_words)
+        space
+        for (owner, _), space in _workspaces.items()
+        if owner == device and not space.captured and space.holds(arena_bytes, counter_words)
     ]
     if not warm:
         raise RuntimeError(NOT_WARM)
-    return _workspaces.pop(max(warm, key=lambda key: _workspaces[key].arena.numel()))
+    return max(warm, key=lambda space: space.arena.numel())
+
+
+def release_workspaces(
+    device: torch.device | str | None = None, *, captured: bool = False
+) -> None:
+    """Give the layer's scratch memory back to PyTorch's allocator; a later call takes new.
+
+    Calls need not have finished, and what they report is still raised. The allocator keeps the
+    memory for itself until ``torch.cuda.empty_cache()``.
+
+    Args:
+        device: whose memory; that of every device when None.
+        captured: whether also what CUDA graphs were captured with (synchronises). Those graphs
+            must not be replayed any more.
+    """
+    wanted = None if device is None else with_index(torch.device(device))
+    with TURN:
+        for (owner, _), space in _workspaces.items():
+            if wanted in (None, owner) and (captured or not space.captured):
+                space.release()
 
 
 def fill_all_scratch(byte: int) -> None:
     """Fill the scratch of every workspace there is, see :meth:`Workspace.fill_scratch`."""
-    for workspace in _workspaces.values():
-        workspace.fill_scratch(byte)
+    with TURN:
+        for workspace in _workspaces.values():
+            workspace.fill_scratch(byte)
 
 
 def check() -> None:
-    """Wait for all launches and raise what they reported.
+    """Wait for all launches and raise what they reported, of one stream at a time.
 
     Raises:
         MegakernelStall: if a wait inside a launch ran past its bound.
         ValueError: if a launch met a bad id or slot, which it skipped.
     """
-    for (device, _), workspace in list(_workspaces.items()):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        workspace.raise_errors()
+    with TURN:
+        spaces = list(_workspaces.items())
+    for device in {device for (device, _), _ in spaces if device.type == "cuda"}:
+        torch.cuda.synchronize(device)  # without the turn: others may go on launching
+    with TURN:
+        for _, workspace in spaces:
+            workspace.raise_errors()

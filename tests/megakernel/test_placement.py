@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakernel import Placement
+from megakernel.plan.buffers import flatten
 
 
 def test_tables_of_a_small_example():
@@ -83,3 +84,27 @@ def test_a_ranks_part_of_a_plan_says_which_experts_it_lacks():
     assert part.num_experts == 6
     assert part.missing_of(7) == [0, 1, 3, 4, 6]
     assert part.slots.copies_of_E.tolist() == [0, 0, 1, 0, 0, 1]
+
+
+class Plan:
+    """As much of a plan as a placement is made from."""
+
+    def expert_of_P(self, micro_batch: int, layer: int) -> np.ndarray:
+        return np.array([1, 0, 1])
+
+    def slot_of_TK(self, micro_batch: int, layer: int) -> np.ndarray:
+        return np.array([[0, 1]], dtype=np.int32)
+
+
+def test_what_is_kept_of_maps_made_in_inference_mode_serves_autograd():
+    with torch.inference_mode():
+        experts_P, slots_TK = torch.tensor([1, 0, 1]), torch.tensor([[0, 1]], dtype=torch.int32)
+        placements = [
+            Placement(experts_P, slots_TK),
+            Placement(experts_P.numpy(), slots_TK.numpy()),
+            Placement.from_plan(Plan(), 0, 0),
+        ]
+    for placement in placements:
+        kept = {"named": placement.slot_int32_TK, **flatten(placement.slots)}
+        assert [name for name, tensor in kept.items() if tensor.is_inference()] == []
+    assert not any(one.expert_of_P.is_inference() for one in placements[1:])

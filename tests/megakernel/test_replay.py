@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megakernel import KernelConfig, Placement, moe_routed, prepare_replay
 from megakernel.config import INTERPRETER, ROWS64
 from megakernel.launch.workspace import workspace_for
+from megakernel.plan.buffers import flatten
 from megakernel.replay import stable_rank
 from tests.helpers.cases import SHAPES
 from tests.helpers.compare import assert_same_bits
@@ -145,3 +146,15 @@ def test_an_equal_placement_is_as_good_as_the_one_the_replay_was_made_for():
     replay = prepare_replay(run(inputs).expert_of_TK, 4, Placement(experts_P), SMALL)
     out = run(inputs, replay=replay, placement=Placement(experts_P.clone()))
     assert_same_bits(actual=out.y_TH, expected=run(inputs).y_TH)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_tables_made_in_inference_mode_serve_autograd(placement):
+    """A rollout may prepare what training replays, and training ask for another height later."""
+    with torch.inference_mode():
+        ids_TK = torch.arange(8, dtype=torch.int32).view(4, 2) % NUM_EXPERTS
+        replay = prepare_replay(ids_TK, NUM_EXPERTS, PLACEMENTS[placement])
+        taller = replay.of_height(64)
+    for one in (replay, taller):
+        kept = {"ids": one.expert_of_TK, "load": one.load_E, **flatten(one.rows)}
+        assert [name for name, tensor in kept.items() if tensor.is_inference()] == []

@@ -75,3 +75,14 @@ def test_packed_gate_and_up_are_read_in_place() -> None:
     pack_gate_up(gate, up)  # has nothing to do
     assert gate.data_ptr() == view.data_ptr()
     assert view_gate_up(up, gate) is None  # the other way round
+
+
+@pytest.mark.parametrize("pack", [lambda a, b: pack_stacked([a, b]), pack_gate_up],
+                         ids=["stacked", "gate and up"])  # fmt: skip
+def test_parameters_packed_in_inference_mode_can_be_trained(pack) -> None:
+    first, second = (nn.Parameter(torch.randn(2, 3, 4)) for _ in range(2))
+    with torch.inference_mode():
+        pack(first, second)
+    assert not (first.is_inference() or second.is_inference())
+    (first * second).sum().backward()
+    assert torch.equal(first.grad, second)
