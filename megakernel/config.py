@@ -42,12 +42,12 @@ class KernelConfig:
         blocks_per_task: column blocks that an FFN1 or FFN2 task takes one after the other, so that
             the next one's first loads run under the stores of the one before.
         least_tasks: a task takes one block where FFN1, or FFN2 of a column group, would be left
-            with fewer tasks than this: idle workers would cost more. So do FFN2's in the last group.
+            with fewer tasks than this, and in FFN2's last group: idle workers would cost more.
         look_ahead: whether a worker claims its next task before it signals the one it has done,
             and reads what it can before it waits.
         fast_sigmoid: whether silu, and the sigmoid of gelu_tanh and clamped_swiglu, take the GPU's
-            approximate tanh where tokens are bfloat16: off by at most 2^-12 of what it multiplies,
-            an eighth of that rounding.
+            approximate tanh where tokens are bfloat16: off by at most 2^-12 of what it
+            multiplies, an eighth of that rounding.
         half_tails: whether row tiles of 128 rows that are at most half full are done at half the
             height.
         cache_hints: whether stores ask the L2 to keep the experts' outputs until they are combined.

@@ -115,7 +115,7 @@ def content_of(kind, tile, b, size, C: tl.constexpr):
 
 @triton.jit
 def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
-    """Decode a task and wait for all it needs; return (kind, tile, block, content of its row tile).
+    """Decode a task and wait for all it needs; return (kind, tile, block, its row tile's content).
 
     Kind is -1 for nothing to do: past the end of the list, and where a wait gave up. A row tile's
     content is in tables that no task of the tile's has to wait for any more.
