@@ -66,23 +66,15 @@ def store_y(acc, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def ffn1_tile(tile, block, content, gate_up_E2IH, b, size, C: tl.constexpr):
+def ffn1_tile(
+    tile, block, content, weight, b, size, W: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
     """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and its task's blocks of I.
 
-    Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI.
+    Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI, as many
+    rows of the tile as W says.
     """
-    W: tl.constexpr = C.gate_up
-    TAIL: tl.constexpr = C.gate_up_tail
     expert, filled = content
-    if C.tail_rows > 0 and filled <= C.tail_rows:
-        ffn1_rows(tile, block, expert, filled, b.experts.gate_up_E2IH, b, size, TAIL, C)
-    else:
-        ffn1_rows(tile, block, expert, filled, gate_up_E2IH, b, size, W, C)
-
-
-@triton.jit
-def ffn1_rows(tile, block, expert, filled, weight, b, size, W: tl.constexpr, C: tl.constexpr):
-    """Do an FFN1 task on the first rows of its tile, as many as W says."""
     row = tl.arange(0, W.tile_rows)
     inside = row < filled
     place = b.rows.assignment_of_C + (tile - size.shared_tiles) * C.block_rows + row
@@ -91,62 +83,32 @@ def ffn1_rows(tile, block, expert, filled, weight, b, size, W: tl.constexpr, C: 
     else:
         assignment = tl.load(place, mask=inside, other=0)
     x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
-    if C.i_per_task == 1:
-        ffn1_block(tile, block, x_start, inside, expert, weight, b, W, C)
-    else:  # flattened, the next block's first loads are under way while this one's are stored
-        for i_block in tl.range(block, ffn1_end_of(block, size, C), flatten=True):
-            ffn1_block(tile, i_block, x_start, inside, expert, weight, b, W, C)
+    # Flattened, the next block's first loads are under way while this one's sums are stored.
+    FLAT: tl.constexpr = C.i_per_task > 1
+    for i_block in tl.range(block, ffn1_end_of(block, size, C), flatten=FLAT):
+        first_row = i_block * W.block
+        acc = product(x_start, inside, weight, expert, first_row, W, C)
+        if b.experts.gate_up_bias_E2I is not None:
+            acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
+        store_h(acc, tile, i_block, inside, b, W, C)
 
 
 @triton.jit
-def ffn1_block(
-    tile, block, x_start, inside, expert, weight, b, W: tl.constexpr, C: tl.constexpr
+def ffn2_tile(
+    tile, block, content, weight, b, size, W: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Compute one block of I of an FFN1 task."""
-    first_row = block * W.block
-    acc = product(x_start, inside, weight, expert, first_row, W, C)
-    if b.experts.gate_up_bias_E2I is not None:
-        acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
-    store_h(acc, tile, block, inside, b, W, C)
-
-
-@triton.jit
-def ffn2_tile(tile, block, content, down_EHI, b, size, C: tl.constexpr):
     """Compute y = h · downᵀ + bias for one row tile and its task's blocks of H.
 
-    Reads: h_CI, down, its bias. Writes: y_CH.
+    Reads: h_CI, down, its bias. Writes: y_CH, as many rows of the tile as W says.
     """
-    W: tl.constexpr = C.down
-    TAIL: tl.constexpr = C.down_tail
     expert, filled = content
-    if C.tail_rows > 0 and filled <= C.tail_rows:
-        ffn2_rows(tile, block, expert, filled, b.experts.down_EHI, b, size, TAIL, C)
-    else:
-        ffn2_rows(tile, block, expert, filled, down_EHI, b, size, W, C)
-
-
-@triton.jit
-def ffn2_rows(tile, block, expert, filled, weight, b, size, W: tl.constexpr, C: tl.constexpr):
-    """Do an FFN2 task on the first rows of its tile, as many as W says."""
     row = tl.arange(0, W.tile_rows)
     inside = row < filled
     h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
-    end = ffn2_end_of(block, size, C)
-    if C.h_per_task == 1:
-        if block < end:
-            ffn2_block(tile, block, h_start, inside, expert, weight, b, W, C)
-    else:
-        for h_block in tl.range(block, end, flatten=True):
-            ffn2_block(tile, h_block, h_start, inside, expert, weight, b, W, C)
-
-
-@triton.jit
-def ffn2_block(
-    tile, block, h_start, inside, expert, weight, b, W: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """Compute one block of H of an FFN2 task."""
-    first_row = block * W.block
-    acc = product(h_start, inside, weight, expert, first_row, W, C)
-    if b.experts.down_bias_EH is not None:
-        acc += load_bias(b.experts.down_bias_EH, expert, first_row, W)
-    store_y(acc, tile, block, inside, b, W, C)
+    FLAT: tl.constexpr = C.h_per_task > 1
+    for h_block in tl.range(block, ffn2_end_of(block, size, C), flatten=FLAT):
+        first_row = h_block * W.block
+        acc = product(h_start, inside, weight, expert, first_row, W, C)
+        if b.experts.down_bias_EH is not None:
+            acc += load_bias(b.experts.down_bias_EH, expert, first_row, W)
+        store_y(acc, tile, h_block, inside, b, W, C)

@@ -37,6 +37,10 @@ def moe_kernel(
     Order: see plan/order.py; every wait is for lower ids, every signal follows a barrier.
     Limits: T·K and the number of padded rows below 2^31; products with a width are 64-bit.
     """
+    GATE_UP: tl.constexpr = C.gate_up
+    DOWN: tl.constexpr = C.down
+    LOW_GATE_UP: tl.constexpr = C.gate_up_tail
+    LOW_DOWN: tl.constexpr = C.down_tail
     size = sizes_of(num_tokens, num_tiles, capacity, seed, not C.makes_rows, C)
     num_tasks = count_tasks(size, C)  # of a launch that makes its rows, the most there can be
     tables_from = num_tasks
@@ -54,9 +58,15 @@ def moe_kernel(
         # Comparisons of order between those of equality: a chain of four equal ones would compile
         # to a jump through a table.
         if C.has_ffn and kind == C.FFN1:
-            ffn1_tile(tile, block, content, gate_up_E2IH, b, size, C)
+            if C.tail_rows > 0 and content[1] <= C.tail_rows:
+                ffn1_tile(tile, block, content, b.experts.gate_up_E2IH, b, size, LOW_GATE_UP, C)
+            else:
+                ffn1_tile(tile, block, content, gate_up_E2IH, b, size, GATE_UP, C)
         elif C.has_ffn and kind == C.FFN2:
-            ffn2_tile(tile, block, content, down_EHI, b, size, C)
+            if C.tail_rows > 0 and content[1] <= C.tail_rows:
+                ffn2_tile(tile, block, content, b.experts.down_EHI, b, size, LOW_DOWN, C)
+            else:
+                ffn2_tile(tile, block, content, down_EHI, b, size, DOWN, C)
         elif C.has_combine and kind >= C.COMBINE:
             combine_tile(tile, block, b, size, C)
         elif C.has_shared and kind == C.SHARED_FFN1:
