@@ -33,7 +33,6 @@ class Play:
         machine: Machine,
     ) -> None:
         self.schedule, self.tasks, self.demands, self.machine = schedule, tasks, demands, machine
-        self.num_workers = num_workers
         self.now = 0.0
         self.next_task = 0
         self.signals = [0] * schedule.num_counters
@@ -80,20 +79,20 @@ class Play:
         """Let an event happen at a time, after those already planned for it."""
         heapq.heappush(self.events, (time, next(self.order), event))
 
-    def claim(self, worker: int) -> None:
-        """Take the next id, if there is one, and ask for what it waits for."""
+    def claim(self, worker: int, sent_us: float = 0.0) -> None:
+        """Take the next id, if there is one, and ask for what it waits for.
+
+        Args:
+            worker: who claims.
+            sent_us: how long ago it sent the claim off.
+        """
         if self.next_task == len(self.tasks):
             return
         n = self.next_task
         self.next_task += 1
         self.worker_N[n], self.ask_N[n] = worker, self.now
-        self.claim_N[n] = self.now + self.claim_us(n)
+        self.claim_N[n] = self.now + max(self.machine.claim_us - sent_us, 0.0)
         self.plan(self.claim_N[n], lambda: self.ask(n, self.waits_of(n, worker)))
-
-    def claim_us(self, n: int) -> float:
-        """Return what a claim takes beyond the signal that it was sent off with."""
-        machine, ahead = self.machine, self.schedule.spec.look_ahead and n >= self.num_workers
-        return max(machine.claim_us - machine.signal_us, 0.0) if ahead else machine.claim_us
 
     def waits_of(self, n: int, worker: int) -> list[tuple[int, int]]:
         """Return what a worker polls for a task: for the row tables once, with its first need."""
@@ -153,4 +152,5 @@ class Play:
                     poll()
                 else:
                     self.blocked[counter].append((least, poll))
-        self.claim(int(self.worker_N[n]))
+        ahead = counter is not None and self.schedule.spec.look_ahead
+        self.claim(int(self.worker_N[n]), self.machine.signal_us if ahead else 0.0)

@@ -46,7 +46,7 @@ def test_weights_come_from_memory_once_while_they_stay_cached():
     _, costs = costs_of(load_E=np.full(128, 256))
     first, again = (costs.demand(Task(costs.spec.FFN1, tile, 0)) for tile in (0, 1))
     weight_bytes = costs.spec.gate_up.acc_tile[1] * 2048 * 2
-    assert first.moved_bytes - again.moved_bytes == weight_bytes
+    assert first.moved_bytes - again.moved_bytes == weight_bytes * costs.spec.i_per_task
 
 
 def test_weights_come_from_memory_again_after_a_cache_full_of_others():
@@ -69,6 +69,33 @@ def test_a_tile_of_fitting_height_costs_its_own_product():
         for heights in ((128,), (16, 32, 64, 128))
     )
     assert fitting == pytest.approx(tall / 2)
+
+
+def test_a_half_empty_tile_costs_half_a_product_where_the_kernel_does_so():
+    whole, half = (
+        costs_of(load_E=np.full(128, 64), half_tails=low)[1].heights for low in (False, True)
+    )
+    assert whole == (128,) and half == (64, 128)
+
+
+def test_blocks_of_one_task_share_lookups_and_the_fill_of_the_pipeline():
+    costs = [costs_of(load_E=np.full(128, 512), blocks_per_task=n)[1] for n in (1, 3)]
+    one, three = (cost.demand(Task(cost.spec.FFN1, 0, 0)) for cost in costs)
+    assert three.steps_us == pytest.approx(3 * one.steps_us)
+    shared_us = H200.table_us + H200.latency_us
+    assert three.fixed_us - shared_us == pytest.approx(3 * (one.fixed_us - shared_us))
+
+
+def test_what_is_done_ahead_and_by_one_instruction_costs_less():
+    def fixed_us(kind: str, **changes: bool) -> float:
+        costs = costs_of(load_E=np.full(128, 64), **changes)[1]
+        return costs.demand(Task(getattr(costs.spec, kind), 0, 0)).fixed_us
+
+    for kind in ("FFN1", "FFN2"):
+        saved_us = fixed_us(kind, look_ahead=False) - fixed_us(kind)
+        assert saved_us == pytest.approx(H200.table_us)
+    quicker_us = fixed_us("FFN1", fast_sigmoid=False) - fixed_us("FFN1")
+    assert quicker_us == pytest.approx(H200.activate_us - H200.quick_activate_us)
 
 
 def test_loading_all_choices_at_once_makes_a_combine_shorter():

@@ -65,16 +65,20 @@ def test_a_worker_does_one_thing_at_a_time(num_tokens, workers):
     assert 0 < found.busy_share <= 1
 
 
-def test_one_worker_takes_the_sum_of_everything():
-    launch = make_launch(TINY, 32, np.full(8, 8), replace(SMALL, num_workers=1), "replay")
+@pytest.mark.parametrize("look_ahead", [False, True], ids=["claims-after", "claims-ahead"])
+def test_one_worker_takes_the_sum_of_everything(look_ahead):
+    config = replace(SMALL, num_workers=1, look_ahead=look_ahead)
+    launch = make_launch(TINY, 32, np.full(8, 8), config, "replay")
     tasks = list(launch.schedule.tasks())
     found = simulate(launch, constant_costs(2.0))
     polls = sum(len(launch.schedule.waits(n)) for n in range(len(tasks)))
-    signals = sum(launch.schedule.signal(task) is not None for task in tasks)
+    signals = [launch.schedule.signal(task) is not None for task in tasks]
+    hidden_us = sum(signals[:-1]) * H200.signal_us if look_ahead else 0.0
     by_hand = (
         len(tasks) * (H200.claim_us + 2.0)
         + polls * H200.poll_us
-        + signals * H200.signal_us
+        + sum(signals) * H200.signal_us
+        - hidden_us
         + H200.claim_us
         + H200.launch_us
     )
