@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 from megakernel.config import KernelConfig
 from megakernel.formats import Dense
+from megakernel.launch.fences import needs_fences
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.order import INTERPRETED
 from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
@@ -128,6 +130,7 @@ def _make_spec(
         gate_up=gate_up,
         down=down,
         timed=rule.config.record_times,
+        fenced=needs_fences(triton.__version__),
         interpreted=INTERPRETED,
         **sizes._asdict(),
         **compiled,

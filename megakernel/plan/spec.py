@@ -35,6 +35,7 @@ class KernelSpec(Protocol):
         intermediate: I.
         shared_width: J, 0 without a shared expert.
         timed: whether each task's times are kept.
+        fenced: whether the fences that this Triton leaves out are added; see launch/fences.py.
         interpreted: whether Triton's interpreter runs the kernel.
     """
 
@@ -64,6 +65,7 @@ class KernelSpec(Protocol):
     tile_group: int
     num_stages: int
     timed: bool
+    fenced: bool
     interpreted: bool
 
     def __hash__(self) -> int:
