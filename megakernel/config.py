@@ -124,7 +124,7 @@ SHIPPED = {"rows16": ROWS16, "rows32": ROWS32, "rows64": ROWS64, "rows128": ROWS
 # height that a replay prepared for another config brings along.
 FLOAT32 = KernelConfig(
     block_rows=32, block_i=16, block_h=32, step=32, block_experts=32, select_tokens=16,
-    num_warps=8, num_stages=2, workers_per_sm=2,
+    num_warps=8, num_stages=2,
 )  # fmt: skip
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(
