@@ -143,8 +143,7 @@ def _measure(
     if once_round is None:  # in no loop: only what lies between the products
         instructions = instructions[places[0] : places[-1] + 1]
         per_step = len(instructions)
-    has_outer = around > loop or (around and once_round is None)
-    head = _entry(around, predecessors) if has_outer else min(graph.blocks)
+    head = _entry(around, predecessors) if around > loop else min(graph.blocks)
     to_first = _distance(graph, [head], first, everything)
     back = _distance(graph, graph.successors[first], head, around)
     assert to_first is not None, "the head leads to every product"

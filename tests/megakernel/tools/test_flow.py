@@ -128,7 +128,7 @@ def test_a_jump_table_closes_the_loops_of_all_its_targets() -> None:
     program = (
         LOAD, "BRX R2 -0x10", WGMMA, "@P0 BRA 0x20", "BRA 0x0", STORE, "BRA 0x0", "EXIT",
     )  # fmt: skip
-    (loop,) = find(*program, tables={0x10: (0x20, 0x50, 0x70)})
+    (loop,) = find(*program, tables={0x10: (0x70, 0x50, 0x20)})
     assert [one.text for one in loop.instructions] == [WGMMA, "@P0 BRA 0x20"]
     assert (loop.before, loop.per_step, loop.after) == (2, 2, 2)
 
@@ -157,6 +157,14 @@ def test_ways_are_the_shortest_ones() -> None:
     assert loop.per_step == 5
     # After the second of them: three branches.
     assert loop.after == 3
+
+
+def test_a_way_that_is_longer_is_not_taken_for_being_tried_first() -> None:
+    (loop,) = find(
+        ".L_task:", "@P0 BRA `(.L_long)", ".L_step:", WGMMA, "@P1 BRA `(.L_step)",
+        "@P2 BRA `(.L_task)", "EXIT", ".L_long:", STORE, STORE, STORE, "BRA `(.L_step)",
+    )  # fmt: skip
+    assert (loop.before, loop.per_step, loop.after) == (1, 2, 2)
 
 
 def test_without_a_task_loop_ways_start_at_the_kernel() -> None:
