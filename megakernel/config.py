@@ -42,7 +42,7 @@ class KernelConfig:
         blocks_per_task: column blocks that an FFN1 or FFN2 task takes one after the other, so that
             the next one's first loads run under the stores of the one before.
         least_tasks: a task takes one block where FFN1, or FFN2 of a column group, would be left
-            with fewer tasks than this, and in FFN2's last group: idle workers would cost more.
+            with fewer tasks, and in FFN2's last group: idle workers would cost more.
         look_ahead: whether a worker claims its next task before it signals the one it has done,
             and reads what it can before it waits.
         fast_sigmoid: whether silu, and the sigmoid of gelu_tanh and clamped_swiglu, take the GPU's
@@ -50,7 +50,7 @@ class KernelConfig:
             multiplies, an eighth of that rounding.
         half_tails: whether row tiles of 128 rows that are at most half full are done at half the
             height.
-        cache_hints: whether stores ask the L2 to keep the experts' outputs until they are combined.
+        cache_hints: whether the L2 is asked to keep the outputs of experts until they are combined.
         num_warps: warps per worker.
         num_stages: GEMM steps in flight.
         workers_per_sm: workers that fit one multiprocessor; used when num_workers is None.
@@ -143,7 +143,7 @@ SHIPPED = {"rows16": ROWS16, "rows32": ROWS32, "rows64": ROWS64, "rows128": ROWS
 # height that a replay prepared for another config brings along.
 FLOAT32 = KernelConfig(
     block_rows=32, block_i=16, block_h=32, step=32, block_experts=32, select_tokens=16,
-    num_warps=8, num_stages=2, workers_per_sm=2,
+    num_warps=8, num_stages=2,
 )  # fmt: skip
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(

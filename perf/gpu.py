@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megakernel.tools.compile_cases import compile_cases
+from megakernel.tools.compile_cases import layer_cases
 from megakernel.tools.compile_check import compile_case
 from perf.measuring.measure import DEFAULT, QUICK, Protocol
 from perf.problems.providers import OURS, PLAIN
@@ -90,7 +90,7 @@ def precompile() -> Iterator[None]:
     spare_cores = max((os.cpu_count() or 1) - 2, 1)
     with ProcessPoolExecutor(spare_cores, mp_context=get_context("spawn")) as pool:
         # The suites run every model as a plain layer in its own slots.
-        plain = [replace(case, kind="plain") for case in compile_cases() if case.split == "one"]
+        plain = [replace(case, kind="plain") for case in layer_cases()]
         done = [pool.submit(compile_case, case) for case in plain]
         yield
         errors = [error for one in done if (error := one.exception())]

@@ -42,7 +42,7 @@ def quick_sigmoid(values, C: tl.constexpr):
     sigmoid(v) = 1/2 + tanh(v / 2) / 2, and tanh.approx is off by at most 2^-11 of its value (PTX
     ISA), so this by at most 2^-12.
     """
-    if C.fast_sigmoid:
+    if C.quick_sigmoid:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * values], tl.float32, is_pure=True, pack=1
         )
@@ -56,7 +56,7 @@ def quick_sigmoid(values, C: tl.constexpr):
 def activate(values, C: tl.constexpr):
     """Apply an activation in float32; NaN stays NaN."""
     ACTIVATION: tl.constexpr = C.expert.activation
-    if ACTIVATION == "silu" and C.fast_sigmoid:
+    if ACTIVATION == "silu" and C.quick_sigmoid:
         result = values * quick_sigmoid(values, C)
     elif ACTIVATION == "silu":
         result = values / (1.0 + tl.exp(-values))

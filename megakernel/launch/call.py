@@ -5,10 +5,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from megakernel.config import KernelConfig
 from megakernel.formats import Dense
+from megakernel.launch.fences import needs_fences
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.order import INTERPRETED
 from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
@@ -113,7 +115,7 @@ def make_spec(call: Call) -> KernelSpec:
         sizes_of(b),
         gate_up.rule(expert.stacked, block, config.block_rows),
         down.rule(1, config.block_h, config.block_rows),
-        config.fast_sigmoid and call.tokens.dtype == torch.bfloat16 and not INTERPRETED,
+        config.fast_sigmoid and call.tokens.dtype == torch.bfloat16,
     )
 
 
@@ -136,6 +138,7 @@ def _make_spec(
         down=down,
         fast_sigmoid=fast_sigmoid,
         timed=rule.config.record_times,
+        fenced=needs_fences(triton.__version__),
         interpreted=INTERPRETED,
         **sizes._asdict(),
         **compiled,

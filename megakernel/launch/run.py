@@ -3,18 +3,22 @@
 from contextlib import nullcontext
 
 import torch
+import triton
 
 from megakernel.checks.values import check_distinct_ids, check_slots
 from megakernel.config import KernelConfig
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import Call, make_spec
 from megakernel.launch.descriptors import as_operand
+from megakernel.launch.fences import fence_compilations
 from megakernel.launch.memory import Memory
 from megakernel.launch.streams import TURN, is_capturing
 from megakernel.launch.workspace import Workspace, workspace_for
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.schedule import count_row_tiles
 from megakernel.plan.spec import KernelSpec
+
+fence_compilations(moe_kernel, triton.__version__)
 
 
 def launch(call: Call) -> None:

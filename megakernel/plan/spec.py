@@ -35,6 +35,7 @@ class KernelSpec(Protocol):
         intermediate: I.
         shared_width: J, 0 without a shared expert.
         timed: whether each task's times are kept.
+        fenced: whether the fences that this Triton leaves out are added; see launch/fences.py.
         interpreted: whether Triton's interpreter runs the kernel.
     """
 
@@ -70,6 +71,7 @@ class KernelSpec(Protocol):
     cache_hints: bool
     num_stages: int
     timed: bool
+    fenced: bool
     interpreted: bool
 
     def __hash__(self) -> int:
@@ -117,6 +119,11 @@ class KernelSpec(Protocol):
     def has_combine(self) -> bool:
         """Whether the list sums the rows of each token."""
         return self.COMBINE in self.held
+
+    @cached_property
+    def quick_sigmoid(self) -> bool:
+        """Whether activations take the GPU's approximate tanh, which the interpreter lacks."""
+        return self.fast_sigmoid and not self.interpreted
 
     @cached_property
     def has_route(self) -> bool:

@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from megakernel.config import KernelConfig
-from megakernel.launch.call import make_spec
 from megakernel.plan.schedule import Schedule, Task
 from megakernel.plan.spec import KernelSpec
-from megakernel.tools.compile_cases import CompileCase, make_call
+from megakernel.tools.compile_cases import CompileCase
 from megakernel.tools.models import ModelShape
 from megakernel.tools.timeline import Timeline
 from perf.extras import progress_bar
@@ -79,10 +77,7 @@ def make_tiles(load_E: np.ndarray, block_rows: int) -> Tiles:
 
 def spec_of(model: ModelShape, route: str, config: KernelConfig) -> KernelSpec:
     """Return what the kernel would be specialised on: bfloat16, slots as experts, softmax."""
-    call = make_call(CompileCase("rows128", model, route))
-    call = replace(call, rule=replace(call.rule, config=config))
-    quick = config.fast_sigmoid and call.tokens.dtype == torch.bfloat16
-    return replace(make_spec(call), interpreted=False, fast_sigmoid=quick)
+    return CompileCase("predicted", config, model, route).spec
 
 
 def make_launch(

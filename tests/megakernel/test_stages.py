@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megakernel import Placement, moe, moe_routed, prepare_replay
+from megakernel.config import ROWS128
 from megakernel.experts import SharedExpert
 from megakernel.launch.op import launch_op
 from megakernel.launch.workspace import workspace_for
@@ -153,11 +154,11 @@ def test_bad_arguments_of_combine_rows_are_refused():
 
 @pytest.mark.slow
 def test_each_stage_compiles_for_the_gpu():
-    model = MODELS["OLMoE"]
-    cases = [CompileCase("rows128", model, "replay", stages=stages) for stages in STAGES[1:]]
+    layer = CompileCase("rows128", ROWS128, MODELS["OLMoE"], "replay")
+    cases = [replace(layer, stages=stages) for stages in STAGES[1:]]
     spawn = get_context("spawn")
     with _interpreter_off(), ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        rows, combine = pool.map(compile_case, cases)
+        rows, combine = (compiled.cubin for compiled in pool.map(compile_case, cases))
     assert [loop.wgmma > 0 and loop.tma_loads for loop in rows.gemm_loops] == [1, 1]
     assert rows.gemm_loop_local_ops == () and combine.gemm_loops == ()
     assert combine.registers < rows.registers

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
-from megakernel.tools.compile_cases import compile_cases
+from megakernel.tools.compile_cases import layer_cases
 from perf import gpu
 from perf.measuring.measure import QUICK
 from perf.suites.table import SUITES
@@ -67,14 +67,14 @@ def test_tests_that_take_too_long_are_a_failure(monkeypatch):
 
 
 def test_configs_compile_beside_the_tests_and_failures_are_told(monkeypatch, capsys):
-    good, bad = compile_cases()[:2]
+    good, bad = layer_cases()[:2]
 
     def compile_one(case):
         if case == replace(bad, kind="plain"):
             raise RuntimeError("out of registers")
 
     monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
-    monkeypatch.setattr(gpu, "compile_cases", lambda: [good, bad])
+    monkeypatch.setattr(gpu, "layer_cases", lambda: [good, bad])
     monkeypatch.setattr(gpu, "compile_case", compile_one)
     with gpu.precompile():
         pass
@@ -84,7 +84,7 @@ def test_configs_compile_beside_the_tests_and_failures_are_told(monkeypatch, cap
 def test_the_whole_run_ends_with_its_failures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(gpu, "provenance", lambda: {"date": "2026-01-01", "gpu": "NVIDIA H200"})
-    monkeypatch.setattr(gpu, "compile_cases", lambda: [])
+    monkeypatch.setattr(gpu, "layer_cases", lambda: [])
     monkeypatch.setattr(gpu, "run_tests", lambda clock: ["tests: pytest exited with 1"])
     wanted = []
     monkeypatch.setattr(gpu, "run_suites", lambda *given: wanted.append(given[-1]) or [])

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
 from megakernel.device.arithmetic import gated
-from megakernel.launch import call as calls
+from megakernel.launch.call import make_spec
 from megakernel.plan.machine_ffn import activated
 from megakernel.plan.rules import ExpertRule
 from megakernel.plan.spec import KernelSpec
@@ -51,7 +51,7 @@ def tanh_approx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def spec_of(activation: str) -> KernelSpec:
     """Return a spec as a GPU has it for tokens of 16 bits."""
-    return replace(PLAIN_SPEC, expert=ExpertRule(activation), fast_sigmoid=True)
+    return replace(PLAIN_SPEC, expert=ExpertRule(activation), fast_sigmoid=True, interpreted=False)
 
 
 def draw(scale: float) -> tuple[Tensor, Tensor]:
@@ -118,9 +118,8 @@ def test_h_is_nearer_to_the_truth_than_eager_pytorch_has_it(activation, scale, t
         "interpreted-is-exact",
     ],
 )
-def test_where_it_is_taken(dtype, allowed, interpreted, expected, monkeypatch):
-    monkeypatch.setattr(calls, "INTERPRETED", interpreted)
+def test_where_it_is_taken(dtype, allowed, interpreted, expected):
     call = live_call(make_inputs(replace(SHAPES[0], dtype=dtype)))
     config = replace(call.rule.config, fast_sigmoid=allowed)
-    spec = calls.make_spec(replace(call, rule=replace(call.rule, config=config)))
-    assert spec.fast_sigmoid is expected
+    spec = make_spec(replace(call, rule=replace(call.rule, config=config)))
+    assert replace(spec, interpreted=interpreted).quick_sigmoid is expected

@@ -4,45 +4,64 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import triton
 
-from megakernel.config import SHIPPED
+from megakernel.config import FLOAT32, ROWS64, ROWS128, SHIPPED
+from megakernel.device.kernel import moe_kernel
+from megakernel.launch import fences
+from megakernel.launch.fences import FENCE, fence_compilations, needs_fences
 from megakernel.plan.rules import ExpertRule, RouterRule
 from megakernel.tools import compile_check
-from megakernel.tools.compile_cases import CompileCase, compile_cases, make_call
-from megakernel.tools.compile_check import (
+from megakernel.tools.compile_cases import (
+    LEVERS,
+    CompileCase,
+    compile_cases,
+    figure_cases,
+    lever_cases,
+    make_call,
+)
+from megakernel.tools.compile_check import check, compile_case, main
+from megakernel.tools.compile_report import (
     COLUMNS,
+    FIGURES,
     CaseReport,
+    Compilation,
+    FenceCounts,
     LoopReport,
     broken_rules,
-    check,
+    count_fences,
+    format_figures,
     format_json,
     format_table,
-    main,
 )
+from megakernel.tools.cubin import CubinReport
 from megakernel.tools.models import KINDS, MODELS
-from megakernel.tools.sass import Code, CubinReport, Instruction
+from megakernel.tools.sass import Code, Instruction
 
 CLEAN = CaseReport(
-    config="rows128", model="OLMoE", route="live", kind="plain", split="one", timed=False,
-    default_for=["prefill"], block_rows=128, block_tokens=64, registers=255, spill_bytes=0,
-    shared_bytes=98_328, workers_per_sm=2, wanted_workers_per_sm=2,
-    wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9,
-    gemm_loop_local_ops=0,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 16, 0, 8, 2, ()),), spills_of_source={},
+    config="rows128", model="OLMoE", dtype="bfloat16", route="live", kind="plain", split="one",
+    stages="layer", timed=False, default_for=["prefill"], block_rows=128, block_tokens=64,
+    registers=255, spill_bytes=0, stack_bytes=0, shared_bytes=98_328, workers_per_sm=2,
+    wanted_workers_per_sm=2, wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9, wgmma_loops=1,
+    gemm_loop_local_ops=0, other_local_ops=0, wgmma_fences=3, proxy_fences=5, unfenced=0,
+    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, 298, 16, 0, 8, 2, ()),), spills_of_source={},
 )  # fmt: skip
 SPILL = "0x1f00: LDL R3, [R1+0x8]  [ffn.py:70]"
 SPILLING = replace(
     CLEAN,
     spill_bytes=8,
     gemm_loop_local_ops=1,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 16, 0, 8, 2, (SPILL,)),),
+    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, None, 16, 0, 8, 2, (SPILL,)),),
     spills_of_source={"ffn.py:70": 1, "queue.py:28": 3},
 )
-CASE = CompileCase("rows128", MODELS["OLMoE"], "live")
+CASE = CompileCase("rows128", ROWS128, MODELS["OLMoE"], "live")
 REQUIRED = {
     "config", "model", "block_rows", "registers", "spill_bytes", "shared_bytes", "workers_per_sm",
     "wgmma", "gemm_loop_local_ops",
@@ -79,6 +98,13 @@ REQUIRED = {
             id="one of the products fell back",
         ),
         pytest.param({"mma": 16, "block_tokens": 16}, [], id="the router has a low tile"),
+        pytest.param({"wgmma": 0, "dtype": "float32"}, [], id="float32 has no tensor core"),
+        pytest.param({"wgmma": 0, "stages": "combine"}, [], id="the combine has no product"),
+        pytest.param(
+            {"unfenced": 2},
+            ["a proxy fence above each of 3 groups of wgmma: 2 have none"],
+            id="wgmma may read rows that are still on their way",
+        ),
         pytest.param(
             {"workers_per_sm": 1},
             ["2 workers per multiprocessor: 1 fit"],
@@ -95,7 +121,7 @@ REQUIRED = {
         ),
     ],
 )
-def test_rules(changes: dict[str, int], rules: list[str]) -> None:
+def test_rules(changes: dict[str, Any], rules: list[str]) -> None:
     assert broken_rules(replace(CLEAN, **changes)) == rules
 
 
@@ -118,25 +144,73 @@ def test_the_table_shows_every_figure_and_where_it_spills() -> None:
     ]
 
 
+def test_figures_are_a_table_of_markdown_with_the_ways_of_each_loop() -> None:
+    header, rule, clean, spilling = format_figures([CLEAN, SPILLING]).splitlines()
+    assert header.count("|") == rule.count("|") == clean.count("|") == len(FIGURES) + 2
+    assert clean.startswith("| rows128 | OLMoE | live | 255 |")
+    assert clean.endswith("| 5 | 3 | 376 / 123 / 298 |")
+    assert spilling.endswith("| 376 / 123 / - |")
+
+
+LAYERS = [
+    case
+    for case in compile_cases()
+    if (case.split, case.stages) == ("one", "layer") and case.config in SHIPPED.values()
+]
+
+
 def test_every_shipped_config_is_compiled_for_every_model_and_route() -> None:
-    cases = {
-        (case.config_name, case.model.name, case.route)
-        for case in compile_cases()
-        if case.split == "one"
-    }
+    cases = {(case.name, case.model.name, case.route) for case in LAYERS}
     routes = ("live", "given", "replay")
     assert cases == {(c, name, route) for c in SHIPPED for name in MODELS for route in routes}
+    assert all(case.config == SHIPPED[case.name] for case in LAYERS)
 
 
 def test_every_shipped_config_is_compiled_with_a_placement_and_with_named_slots() -> None:
-    cases = {(case.config_name, case.split) for case in compile_cases() if case.split != "one"}
-    assert cases == {(config_name, split) for config_name in SHIPPED for split in ("even", "slot")}
+    cases = {(case.name, case.split) for case in compile_cases() if case.split != "one"}
+    assert cases == {(name, split) for name in SHIPPED for split in ("even", "slot")}
 
 
 def test_every_shipped_config_is_compiled_with_its_clock() -> None:
     """The interpreter counts readings, so only a compiler sees the clock itself."""
-    assert {case.config_name for case in compile_cases() if case.timed} == set(SHIPPED)
-    assert all(case.spec.timed == case.timed for case in compile_cases())
+    assert {case.name for case in compile_cases() if case.config.record_times} == set(SHIPPED)
+    assert all(case.spec.timed == case.config.record_times for case in compile_cases())
+
+
+def test_every_shipped_config_is_compiled_in_stages() -> None:
+    cases = {(case.name, case.stages) for case in compile_cases() if case.stages != "layer"}
+    assert cases == {(name, stages) for name in SHIPPED for stages in ("rows", "combine")}
+    assert all(case.spec.stages == case.stages for case in compile_cases())
+
+
+def test_every_lever_is_moved_alone_in_every_shipped_config() -> None:
+    moved = {(case.name.split()[0], case.config) for case in lever_cases()}
+    wanted = {
+        (name, replace(config, **{lever: value}))
+        for name, config in SHIPPED.items()
+        for lever, values in LEVERS
+        for value in values
+    }
+    assert moved == wanted - set(SHIPPED.items())
+
+
+def test_a_new_lever_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megakernel.tools.compile_cases.LEVERS", (("record_times", (True,)),))
+    assert [case.name for case in lever_cases()] == [f"{c} record_times=True" for c in SHIPPED]
+    assert all(case.spec.timed for case in lever_cases())
+
+
+def test_float32_is_compiled_in_every_route_for_every_kind_and_at_a_replays_height() -> None:
+    cases = [case for case in compile_cases() if case.dtype == torch.float32]
+    tall = replace(FLOAT32, block_rows=128)
+    assert {case.config for case in cases} == {FLOAT32, tall}
+    assert [case.route for case in cases if case.config == tall] == ["replay"]
+    assert {case.route for case in cases} == {"live", "given", "replay"}
+    assert {case.kind for case in cases} == set(KINDS)
+    for case in cases:
+        call = make_call(case)
+        weights = [call.buffers.experts.down_EHI, call.buffers.experts.gate_up_bias_E2I]
+        assert {w.dtype for w in [call.tokens, *weights] if w is not None} == {torch.float32}
 
 
 def test_no_two_cases_are_the_same() -> None:
@@ -189,14 +263,15 @@ def test_each_phase_of_each_model_has_a_compiled_default(name: str, phase: str) 
     assert any(phase in case.default_for for case in compile_cases() if case.model.name == name)
 
 
-def fake_compile(case: CompileCase) -> CubinReport:
+def fake_compile(case: CompileCase) -> Compilation:
     """As many registers as the model has experts; refuses to run in an interpreting process."""
     assert "TRITON_INTERPRET" not in os.environ
     wgmma = Instruction(0, "HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88")
-    return CubinReport(case.model.num_experts - 1, 0, 1000, Code((wgmma,)), ())
+    code, registers = Code((wgmma,)), case.model.num_experts - 1
+    return Compilation(CubinReport(registers, 0, 0, 1000, code, ()), FenceCounts(1, 1, 0))
 
 
-def failing_compile(case: CompileCase) -> CubinReport:
+def failing_compile(case: CompileCase) -> Compilation:
     raise ValueError("too many words")
 
 
@@ -216,14 +291,16 @@ def test_equal_specs_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(KINDS, "other", KINDS["plain"])
     twin = replace(CASE, model=replace(CASE.model, name="twin"))
     other = replace(CASE, kind="other")  # as far as a spec tells, its biases may be others
-    assert CASE.spec == twin.spec == other.spec
+    half = replace(CASE, dtype=torch.float16)
+    assert CASE.spec == twin.spec == other.spec == half.spec
     done: list[str] = []
-    reports = check([CASE, twin, other], done.append)
-    assert [(one.model, one.kind) for one in reports] == [
-        ("OLMoE", "plain"), ("twin", "plain"), ("OLMoE", "other"),
+    reports = check([CASE, twin, other, half], done.append)
+    assert [(one.model, one.kind, one.dtype) for one in reports] == [
+        ("OLMoE", "plain", "bfloat16"), ("twin", "plain", "bfloat16"),
+        ("OLMoE", "other", "bfloat16"), ("OLMoE", "plain", "float16"),
     ]  # fmt: skip
-    assert len(done) == 2
-    assert done[0].startswith("1/2  rows128 for OLMoE, live")
+    assert len(done) == 3
+    assert done[0].startswith("1/3  rows128 for OLMoE, live")
 
 
 def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,22 +323,98 @@ def test_the_exit_status_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(compile_check, "check", lambda cases, progress: [report] * len(cases))
-    assert main(["--json", "--model", "OLMoE", "--route", "live"]) == status
+    assert main(["--json", "--model", "OLMoE", "--route", "live", "--config", *SHIPPED]) == status
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == len(SHIPPED)
     assert printed.err.count("FAILED") == status * len(SHIPPED)
     assert printed.err.startswith(complaint)
 
 
+def test_figures_are_of_one_model_and_the_wanted_configs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[CompileCase] = []
+    monkeypatch.setattr(compile_check, "check", lambda cases, _: [shown.extend(cases), CLEAN][1:])
+    assert main(["--figures", "--config", "rows64", "rows64 tile_group=1", "float32"]) == 0
+    assert [(case.name, case.route) for case in shown] == [
+        ("rows64", "live"), ("rows64", "replay"), ("rows64 tile_group=1", "live"),
+        ("float32", "live"), ("float32", "replay"),
+    ]  # fmt: skip
+    assert capsys.readouterr().out == format_figures([CLEAN]) + "\n"
+    names = {case.name for case in figure_cases()}
+    assert names >= {*SHIPPED, "float32"} | {case.name for case in lever_cases()}
+
+
+def test_fences_are_counted_against_the_groups_of_products() -> None:
+    ptx = f"\t{FENCE}\n\tbar.sync 0;\n\twgmma.fence.sync.aligned;\n\tst.shared.b32 [%r1], %r2;\n"
+    assert count_fences(ptx) == FenceCounts(1, 1, 0)
+    assert count_fences(ptx * 3) == FenceCounts(3, 3, 0)
+    assert count_fences(ptx + ptx.replace(FENCE, "")) == FenceCounts(2, 1, 1)
+
+
 def test_the_tall_config_compiles_clean_in_every_route() -> None:
     cases = [replace(CASE, route=route) for route in ("live", "given", "replay")]
-    for report in check([*cases, replace(CASE, timed=True)]):
+    timed = replace(CASE, config=replace(ROWS128, record_times=True))
+    for report in check([*cases, timed]):
         assert broken_rules(report) == []
         # FFN1 and FFN2 load rows asynchronously and weights by TMA; the router loads rows only.
         products = [loop for loop in report.gemm_loops if loop.tma_loads]
         assert [loop.tma_loads for loop in products] == [1, 1]  # gate and up come as one
         assert all(loop.wgmma and loop.async_16_byte_loads for loop in products)
         assert len(report.gemm_loops) - len(products) == (report.route != "given")
+        # All of them read rows that came by cp.async.
+        assert report.wgmma_fences == report.wgmma_loops == len(report.gemm_loops)
+        assert report.proxy_fences >= report.wgmma_fences
+        assert all(loop.after for loop in report.gemm_loops)
+
+
+# One stage, so that it compiles fast.
+ROWS = replace(CASE, name="rows64", config=ROWS64, route="replay", stages="rows")
+
+
+def compile_as(case: CompileCase, fenced: bool) -> Compilation:
+    """Compile a case whose spec says whether it is fenced, into a cache of its own."""
+    spec = replace(case.spec, fenced=fenced)
+    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", cache)
+        patch.setattr(CompileCase, "spec", spec)
+        return compile_case(case)
+
+
+def compile_without_fences(case: CompileCase) -> Compilation:
+    return compile_as(case, fenced=False)
+
+
+@pytest.mark.skipif(not needs_fences(triton.__version__), reason="this Triton has the fences")
+def test_without_the_fences_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_check, "compile_case", compile_without_fences)
+    (report,) = check([ROWS])
+    assert broken_rules(report) == ["a proxy fence above each of 2 groups of wgmma: 2 have none"]
+
+
+def compile_through_the_stage(case: CompileCase) -> Compilation:
+    """Compile as on a Triton before 3.7.1, its own fences taken out, and count what is added."""
+    fence_compilations(moe_kernel, "3.6.0")
+    add_fences = fences.add_fences
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fences, "add_fences", lambda ptx: add_fences(ptx.replace(FENCE, "")))
+        compiled = compile_as(case, fenced=True)
+    assert triton.knobs.runtime.add_stages_inspection_hook is None
+    return compiled
+
+
+def test_fences_are_added_by_any_tritons_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_check, "compile_case", compile_through_the_stage)
+    (report,) = check([ROWS])
+    assert (report.wgmma_fences, report.proxy_fences, report.unfenced) == (2, 2, 0)
+    assert broken_rules(report) == []
+
+
+def test_the_config_for_float32_launches_no_more_workers_than_fit() -> None:
+    case = CompileCase("float32", FLOAT32, MODELS["OLMoE"], "given", dtype=torch.float32)
+    (report,) = check([case])
+    assert broken_rules(report) == []
+    assert len(report.gemm_loops) == 2 and not report.wgmma
 
 
 @pytest.mark.slow
