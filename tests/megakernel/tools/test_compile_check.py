@@ -1,4 +1,4 @@
-"""The rules on made-up reports, the bookkeeping on made-up compilers, and real compilations."""
+"""The bookkeeping on made-up compilers, and real compilations."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,250 +16,27 @@ from megakernel.config import FLOAT32, ROWS64, ROWS128, SHIPPED
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch import fences
 from megakernel.launch.fences import FENCE, fence_compilations, needs_fences
-from megakernel.plan.rules import ExpertRule, RouterRule
 from megakernel.tools import compile_check
 from megakernel.tools.compile_cases import (
-    LEVERS,
     CompileCase,
     compile_cases,
     figure_cases,
     lever_cases,
-    make_call,
 )
 from megakernel.tools.compile_check import check, compile_case, main
 from megakernel.tools.compile_report import (
-    COLUMNS,
-    FIGURES,
     CaseReport,
     Compilation,
     FenceCounts,
-    LoopReport,
     broken_rules,
-    count_fences,
     format_figures,
-    format_json,
-    format_table,
 )
 from megakernel.tools.cubin import CubinReport
 from megakernel.tools.models import KINDS, MODELS
 from megakernel.tools.sass import Code, Instruction
+from tests.megakernel.tools.test_compile_report import CLEAN, REQUIRED, SPILLING
 
-CLEAN = CaseReport(
-    config="rows128", model="OLMoE", dtype="bfloat16", route="live", kind="plain", split="one",
-    stages="layer", timed=False, default_for=["prefill"], block_rows=128, block_tokens=64,
-    registers=255, spill_bytes=0, stack_bytes=0, shared_bytes=98_328, workers_per_sm=2,
-    wanted_workers_per_sm=2, wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9, wgmma_loops=1,
-    gemm_loop_local_ops=0, other_local_ops=0, wgmma_fences=3, proxy_fences=5, unfenced=0,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, 298, 16, 0, 8, 2, ()),), spills_of_source={},
-)  # fmt: skip
-SPILL = "0x1f00: LDL R3, [R1+0x8]  [ffn.py:70]"
-SPILLING = replace(
-    CLEAN,
-    spill_bytes=8,
-    gemm_loop_local_ops=1,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, None, 16, 0, 8, 2, (SPILL,)),),
-    spills_of_source={"ffn.py:70": 1, "queue.py:28": 3},
-)
 CASE = CompileCase("rows128", ROWS128, MODELS["OLMoE"], "live")
-REQUIRED = {
-    "config", "model", "block_rows", "registers", "spill_bytes", "shared_bytes", "workers_per_sm",
-    "wgmma", "gemm_loop_local_ops",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "rules"),
-    [
-        pytest.param({}, [], id="clean"),
-        pytest.param(
-            {"spill_bytes": 480}, [], id="spills outside the GEMM loops are reported only"
-        ),
-        pytest.param(
-            {"gemm_loop_local_ops": 3},
-            ["no spill inside a GEMM loop: 3 local-memory instructions in them"],
-            id="a spill inside one",
-        ),
-        pytest.param({"shared_bytes": 232_448}, [], id="all the shared memory a block may have"),
-        pytest.param(
-            {"shared_bytes": 232_449},
-            ["at most 232448 bytes of shared memory: 232449"],
-            id="one byte more",
-        ),
-        pytest.param(
-            {"block_rows": 64, "wgmma": 0},
-            ["wgmma in tiles of 64 rows or more: none in 64"],
-            id="no wgmma in 64 rows",
-        ),
-        pytest.param({"block_rows": 32, "wgmma": 0, "mma": 48}, [], id="wgmma cannot do 32 rows"),
-        pytest.param(
-            {"mma": 16},
-            ["wgmma in tiles of 64 rows or more: 16 mma instead"],
-            id="one of the products fell back",
-        ),
-        pytest.param({"mma": 16, "block_tokens": 16}, [], id="the router has a low tile"),
-        pytest.param({"wgmma": 0, "dtype": "float32"}, [], id="float32 has no tensor core"),
-        pytest.param({"wgmma": 0, "stages": "combine"}, [], id="the combine has no product"),
-        pytest.param(
-            {"unfenced": 2},
-            ["a proxy fence above each of 3 groups of wgmma: 2 have none"],
-            id="wgmma may read rows that are still on their way",
-        ),
-        pytest.param(
-            {"workers_per_sm": 1},
-            ["2 workers per multiprocessor: 1 fit"],
-            id="the second worker would wait for the first to end",
-        ),
-        pytest.param(
-            {"gemm_loop_local_ops": 1, "shared_bytes": 300_000, "wgmma": 0},
-            [
-                "no spill inside a GEMM loop: 1 local-memory instructions in them",
-                "at most 232448 bytes of shared memory: 300000",
-                "wgmma in tiles of 64 rows or more: none in 128",
-            ],
-            id="all at once",
-        ),
-    ],
-)
-def test_rules(changes: dict[str, Any], rules: list[str]) -> None:
-    assert broken_rules(replace(CLEAN, **changes)) == rules
-
-
-def test_json_is_a_list_of_objects_that_say_what_they_break() -> None:
-    clean, spilling = json.loads(format_json([CLEAN, SPILLING]))
-    assert clean.keys() >= REQUIRED
-    assert clean["broken_rules"] == []
-    assert len(spilling["broken_rules"]) == 1
-    assert spilling["gemm_loops"][0]["local_ops"] == [SPILL]
-
-
-def test_the_table_shows_every_figure_and_where_it_spills() -> None:
-    header, *lines = format_table([CLEAN, SPILLING]).splitlines()
-    assert header.split() == list(COLUMNS)
-    assert lines[0].split() == [str(getattr(CLEAN, name)) for name in COLUMNS]
-    assert lines[2:] == [
-        "    local-memory instructions at ffn.py:70 (1), queue.py:28 (3)",
-        "    1 of them in the GEMM loop at 0x1e50..0x2f00:",
-        f"        {SPILL}",
-    ]
-
-
-def test_figures_are_a_table_of_markdown_with_the_ways_of_each_loop() -> None:
-    header, rule, clean, spilling = format_figures([CLEAN, SPILLING]).splitlines()
-    assert header.count("|") == rule.count("|") == clean.count("|") == len(FIGURES) + 2
-    assert clean.startswith("| rows128 | OLMoE | live | 255 |")
-    assert clean.endswith("| 5 | 3 | 376 / 123 / 298 |")
-    assert spilling.endswith("| 376 / 123 / - |")
-
-
-LAYERS = [
-    case
-    for case in compile_cases()
-    if (case.split, case.stages) == ("one", "layer") and case.config in SHIPPED.values()
-]
-
-
-def test_every_shipped_config_is_compiled_for_every_model_and_route() -> None:
-    cases = {(case.name, case.model.name, case.route) for case in LAYERS}
-    routes = ("live", "given", "replay")
-    assert cases == {(c, name, route) for c in SHIPPED for name in MODELS for route in routes}
-    assert all(case.config == SHIPPED[case.name] for case in LAYERS)
-
-
-def test_every_shipped_config_is_compiled_with_a_placement_and_with_named_slots() -> None:
-    cases = {(case.name, case.split) for case in compile_cases() if case.split != "one"}
-    assert cases == {(name, split) for name in SHIPPED for split in ("even", "slot")}
-
-
-def test_every_shipped_config_is_compiled_with_its_clock() -> None:
-    """The interpreter counts readings, so only a compiler sees the clock itself."""
-    assert {case.name for case in compile_cases() if case.config.record_times} == set(SHIPPED)
-    assert all(case.spec.timed == case.config.record_times for case in compile_cases())
-
-
-def test_every_shipped_config_is_compiled_in_stages() -> None:
-    cases = {(case.name, case.stages) for case in compile_cases() if case.stages != "layer"}
-    assert cases == {(name, stages) for name in SHIPPED for stages in ("rows", "combine")}
-    assert all(case.spec.stages == case.stages for case in compile_cases())
-
-
-def test_every_lever_is_moved_alone_in_every_shipped_config() -> None:
-    moved = {(case.name.split()[0], case.config) for case in lever_cases()}
-    wanted = {
-        (name, replace(config, **{lever: value}))
-        for name, config in SHIPPED.items()
-        for lever, values in LEVERS
-        for value in values
-    }
-    assert moved == wanted - set(SHIPPED.items())
-
-
-def test_a_new_lever_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megakernel.tools.compile_cases.LEVERS", (("record_times", (True,)),))
-    assert [case.name for case in lever_cases()] == [f"{c} record_times=True" for c in SHIPPED]
-    assert all(case.spec.timed for case in lever_cases())
-
-
-def test_float32_is_compiled_in_every_route_for_every_kind_and_at_a_replays_height() -> None:
-    cases = [case for case in compile_cases() if case.dtype == torch.float32]
-    tall = replace(FLOAT32, block_rows=128)
-    assert {case.config for case in cases} == {FLOAT32, tall}
-    assert [case.route for case in cases if case.config == tall] == ["replay"]
-    assert {case.route for case in cases} == {"live", "given", "replay"}
-    assert {case.kind for case in cases} == set(KINDS)
-    for case in cases:
-        call = make_call(case)
-        weights = [call.buffers.experts.down_EHI, call.buffers.experts.gate_up_bias_E2I]
-        assert {w.dtype for w in [call.tokens, *weights] if w is not None} == {torch.float32}
-
-
-def test_no_two_cases_are_the_same() -> None:
-    assert len(set(compile_cases())) == len(compile_cases())
-
-
-def cases_of(name: str) -> list[CompileCase]:
-    return [case for case in compile_cases() if case.model.name == name]
-
-
-@pytest.mark.parametrize("case", cases_of("gpt-oss-120b"), ids=str)
-def test_gpt_oss_is_compiled_with_its_experts_and_biases(case: CompileCase) -> None:
-    b, spec = make_call(case).buffers, case.spec
-    assert spec.expert == ExpertRule("clamped_swiglu", 7.0, True, True)
-    assert b.experts.gate_up_bias_E2I is not None and b.experts.down_bias_EH is not None
-    assert (b.router.bias_E is None) == (case.route == "given")
-    assert all(weight.tma and weight.transposed for weight in (spec.gate_up, spec.down))
-
-
-@pytest.mark.parametrize("case", cases_of("DeepSeek-V3 routed"), ids=str)
-def test_deepseek_v3_is_compiled_with_its_router_and_shared_expert(case: CompileCase) -> None:
-    has_router = case.route != "given"
-    rule = RouterRule("sigmoid", True, 2.5, 8, 4) if has_router else RouterRule()
-    assert case.spec.router == rule
-    assert (make_call(case).buffers.router.correction_bias_E is not None) == has_router
-    assert case.spec.shared_width == 2048
-
-
-@pytest.mark.parametrize(("split", "route"), [("even", "live"), ("slot", "given")])
-def test_a_placement_has_more_slots_than_experts(split: str, route: str) -> None:
-    case = replace(CASE, split=split, route=route)
-    routing = make_call(case).buffers.routing
-    assert case.spec.split == split
-    assert case.spec.num_slots > case.spec.num_experts and case.spec.max_copies > 1
-    assert (routing.slot_of_TK is not None) == (split == "slot")
-
-
-def test_only_a_live_launch_counts_choices() -> None:
-    load_of = {
-        route: make_call(replace(CASE, route=route)).buffers.routing.load_E
-        for route in ("live", "given", "replay")
-    }
-    counting = [route for route, load_E in load_of.items() if load_E is not None]
-    assert counting == ["live"]
-
-
-@pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("name", MODELS)
-def test_each_phase_of_each_model_has_a_compiled_default(name: str, phase: str) -> None:
-    assert any(phase in case.default_for for case in compile_cases() if case.model.name == name)
 
 
 def fake_compile(case: CompileCase) -> Compilation:
@@ -343,13 +119,6 @@ def test_figures_are_of_one_model_and_the_wanted_configs(
     assert capsys.readouterr().out == format_figures([CLEAN]) + "\n"
     names = {case.name for case in figure_cases()}
     assert names >= {*SHIPPED, "float32"} | {case.name for case in lever_cases()}
-
-
-def test_fences_are_counted_against_the_groups_of_products() -> None:
-    ptx = f"\t{FENCE}\n\tbar.sync 0;\n\twgmma.fence.sync.aligned;\n\tst.shared.b32 [%r1], %r2;\n"
-    assert count_fences(ptx) == FenceCounts(1, 1, 0)
-    assert count_fences(ptx * 3) == FenceCounts(3, 3, 0)
-    assert count_fences(ptx + ptx.replace(FENCE, "")) == FenceCounts(2, 1, 1)
 
 
 def test_the_tall_config_compiles_clean_in_every_route() -> None:
