@@ -50,7 +50,7 @@ class KernelConfig:
             multiplies, an eighth of that rounding.
         half_tails: whether row tiles of 128 rows that are at most half full are done at half the
             height.
-        cache_hints: whether the L2 is asked to keep the outputs of experts until they are combined.
+        cache_hints: whether L2 is asked to keep the outputs of experts until they are combined.
         num_warps: warps per worker.
         num_stages: GEMM steps in flight.
         workers_per_sm: workers that fit one multiprocessor; used when num_workers is None.
