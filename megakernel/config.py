@@ -142,8 +142,8 @@ SHIPPED = {"rows16": ROWS16, "rows32": ROWS32, "rows64": ROWS64, "rows128": ROWS
 # True float32 has no tensor core: narrow tiles keep the accumulators in registers, also at the
 # height that a replay prepared for another config brings along.
 FLOAT32 = KernelConfig(
-    block_rows=32, block_i=16, block_h=32, step=32, block_experts=32, select_tokens=16,
-    num_warps=8, num_stages=2,
+    block_rows=32, block_i=16, block_h=32, step=16, block_experts=32, select_tokens=16,
+    blocks_per_task=1, num_warps=8, num_stages=2,
 )  # fmt: skip
 # The interpreter pays per operation, not per element.
 INTERPRETER = KernelConfig(
