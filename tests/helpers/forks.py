@@ -1,10 +1,11 @@
 """Forks while another thread launches: ``python -m tests.helpers.forks``.
 
-For a process of its own, with a time limit: a child that finds the launch taken waits for ever.
-Exits with 0 if every child made its own call, with the bits of its parent.
+For a process of its own: it interprets kernels. A child that finds the launch taken waits until its
+patience ends. Exits with 0 if every child made its own call, with the bits of its parent.
 """
 
 import os
+import signal
 import sys
 import threading
 
@@ -18,6 +19,7 @@ from tests.helpers.interpreter import make_fast
 from tests.helpers.threads import SMALL, E, H, I, K, T
 
 FORKS = 2
+PATIENCE_SECONDS = 100
 
 
 def main() -> int:
@@ -42,6 +44,7 @@ def main() -> int:
     for _ in range(FORKS):
         child = os.fork()
         if not child:
+            signal.alarm(PATIENCE_SECONDS)  # which ends it
             os._exit(not torch.equal(call(), expected))
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     over.set()
