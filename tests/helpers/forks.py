@@ -1,7 +1,7 @@
 """Forks while another thread launches: ``python -m tests.helpers.forks``.
 
-For a process of its own: it interprets kernels. A child that finds the launch taken waits until its
-patience ends. Exits with 0 if every child made its own call, with the bits of its parent.
+For a process of its own: it interprets kernels. A child that finds the launch taken waits until
+its patience ends. Exits with 0 if every child made its own call, with the bits of its parent.
 """
 
 import os
