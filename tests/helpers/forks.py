@@ -1,10 +1,11 @@
 """Forks while another thread launches: ``python -m tests.helpers.forks``.
 
-For a process of its own, with a time limit: a child that finds the launch taken waits for ever.
-Exits with 0 if every child made its own call, with the bits of its parent.
+For a process of its own: it interprets kernels. A child that finds the launch taken waits until
+its patience ends. Exits with 0 if every child made its own call, with the bits of its parent.
 """
 
 import os
+import signal
 import sys
 import threading
 
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor
 
 from megakernel import Experts, Router, moe
+from tests.helpers.interpreter import make_fast
 from tests.helpers.threads import SMALL, E, H, I, K, T
 
-FORKS = 3
+FORKS = 2
+PATIENCE_SECONDS = 100
 
 
 def main() -> int:
     """Launch in a thread without end, and fork meanwhile."""
     torch.set_num_threads(1)
+    make_fast()
     x_TH, router_EH = torch.randn(T, H), torch.randn(E, H)
     experts = Experts(torch.randn(E, 2 * I, H), torch.randn(E, H, I))
 
@@ -40,6 +44,7 @@ def main() -> int:
     for _ in range(FORKS):
         child = os.fork()
         if not child:
+            signal.alarm(PATIENCE_SECONDS)  # which ends it
             os._exit(not torch.equal(call(), expected))
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     over.set()
