@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from perf.problems.ready import prepare
 from perf.problems.tensors import Problem, make_problem
 from perf.results.record import LABEL, provenance
 from perf.simulator.predict import describe, search_configs
-from perf.suites.bench import Bench
+from perf.suites.bench import Bench, device_here
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 32768)
 ROUTES = ("live", "replay")
@@ -46,7 +46,24 @@ def tune(bench: Bench, case: Case, routes: Sequence[str], num_tried: int) -> Tun
     Raises:
         RuntimeError: if no config compiled and agreed with the reference on all routes.
     """
-    tried = choose_tried(bench, case, routes, num_tried)
+    return fastest(bench, case, routes, choose_tried(bench, case, routes, num_tried))[0]
+
+
+def fastest(
+    bench: Bench, case: Case, routes: Sequence[str], tried: dict[str, KernelConfig]
+) -> tuple[Tuned, dict[str, dict[str, Timing]]]:
+    """Check and time configs, and keep the one with the least sum of times.
+
+    Args:
+        bench, case, routes: as in :func:`tune`.
+        tried: configs by what describes them.
+
+    Returns:
+        The entry for the table, and timing_of[route][name].
+
+    Raises:
+        RuntimeError: if no config compiled and agreed with the reference on all routes.
+    """
     problem = make_problem(case, bench.device)
     timing_of = {route: time_configs(bench, problem, route, tried) for route in routes}
     ran = [name for name in tried if all(name in timing_of[route] for route in routes)]
@@ -54,9 +71,10 @@ def tune(bench: Bench, case: Case, routes: Sequence[str], num_tried: int) -> Tun
         raise RuntimeError(f"no config ran for {case.name} T={case.num_tokens}")
     median_us = {name: {route: timing_of[route][name].median for route in routes} for name in ran}
     best = min(ran, key=lambda name: sum(median_us[name].values()))
-    untuned = describe(shipped_config(case.num_assignments, case.model.num_experts))
+    shipped = shipped_config(case.num_assignments, case.model.num_experts)
+    untuned = next((name for name in ran if replace(tried[name], max_polls=None) == shipped), "")
     where = provenance()
-    return Tuned(
+    entry = Tuned(
         gpu=where["gpu"],
         layer=case.layer,
         num_tokens=case.num_tokens,
@@ -68,6 +86,7 @@ def tune(bench: Bench, case: Case, routes: Sequence[str], num_tried: int) -> Tun
         commit=where["commit"],
         date=where["date"],
     )
+    return entry, timing_of
 
 
 def choose_tried(
@@ -92,7 +111,7 @@ def time_configs(
         Provider(name, partial(configured_call, route=route, config=config))
         for name, config in configs.items()
     ]
-    ready = prepare(problem, providers)
+    ready = prepare(problem, providers, bench.say)
     bench.notes += [f"{name}: {reason}" for name, reason in ready.skipped.items()]
     return bench.time(ready.calls)["graph" if bench.on_gpu else "eager"]
 
@@ -142,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def enter_all(cases: Sequence[Case], routes: Sequence[str], num_tried: int, table: Path) -> None:
     """Tune each case, enter it in a table and print it."""
-    bench = Bench(torch.device("cuda"), protocol=QUICK)
+    bench = Bench(device_here(), protocol=QUICK)
     for case in cases:
         entry = tune(bench, case, routes, num_tried)
         merge_into_table(table, [entry])  # at once: a later case may run out of time

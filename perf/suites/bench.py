@@ -17,6 +17,13 @@ from perf.results.timelines import Saved
 from perf.simulator.costs import H200, Machine
 
 
+def device_here() -> torch.device:
+    """Return the current GPU, with its index as tensors name it; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 @dataclass
 class Bench:
     """Where and how a suite runs, and what it found.
@@ -30,6 +37,7 @@ class Bench:
         providers: names of providers to keep; empty for all.
         trace: recording that the suites play besides what they make up.
         known_roofs: of an earlier suite of the same run; None to measure when first asked.
+        say: told what is about to happen, since a long silence looks like a hang.
         rows: figures so far.
         failures: what of ours was wrong.
         notes: what was skipped, and why.
@@ -44,6 +52,7 @@ class Bench:
     providers: tuple[str, ...] = ()
     trace: Path = RECORDING
     known_roofs: Roofs | None = None
+    say: Callable[[str], object] = lambda text: None
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -75,6 +84,7 @@ class Bench:
         self, calls: Mapping[str, Callable[[], object]], not_captured: Sequence[str] = ()
     ) -> dict[str, dict[str, Timing]]:
         """Return timing_of[mode][name]: graph and eager on a GPU, eager elsewhere."""
+        self.say(f"timing {', '.join(calls)}")
         timing_of = {"eager": time_eager(calls, self.protocol, self.device)}
         if self.on_gpu:
             captured = {name: call for name, call in calls.items() if name not in not_captured}
@@ -113,6 +123,7 @@ class Bench:
                     self.notes.append(f"{len(wanted) - place} cases left out: time is up")
                     return
                 progress.set_description(f"{case.name} T={case.num_tokens}")
+                self.say(f"{case.name} T={case.num_tokens}")
                 yield case
 
     def add_roofs(self, suite: str) -> None:
