@@ -22,14 +22,13 @@ def pack(path: Path, work: Path, cache: Path, others: Sequence[Path] = ()) -> li
     Args:
         path: the archive to be.
         work: folder of the run.
-        cache: of Triton; may lie inside ``work``.
+        cache: of Triton, not inside ``work``.
         others: files elsewhere that belong to the run.
     """
     left_out, size_bytes = [], END_BYTES
     groups = [("", [other for other in others if other.exists()])]
-    groups += [(f"run/{name}", files) for name, files in folders_of(work) if name != CACHE]
-    groups = [group for group in groups if not group[0].startswith(f"run/{CACHE}")]
-    groups += [(f"{CACHE}/{name}", files) for name, files in folders_of(cache, KEPT_OF_KERNELS)]
+    groups += folders_of(work, "run")
+    groups += folders_of(cache, CACHE, KEPT_OF_KERNELS)
     new = path.with_suffix(".new")
     with tarfile.open(new, mode="w:gz", compresslevel=6) as tar:
         add(tar, CACHE_PATH, str(cache).encode())
@@ -47,19 +46,20 @@ def pack(path: Path, work: Path, cache: Path, others: Sequence[Path] = ()) -> li
 
 
 def folders_of(
-    root: Path, suffixes: set[str] | None = None
+    root: Path, name: str, suffixes: set[str] | None = None
 ) -> Iterator[tuple[str, list[Path]]]:
-    """Yield each folder below a root by its relative name, and its files.
+    """Yield the name of each folder in the archive, and its files.
 
     Args:
         root: where to look; may be missing.
+        name: of the root in the archive.
         suffixes: of the files that count; None for all.
     """
     for folder in sorted({path.parent for path in root.rglob("*") if path.is_file()}):
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         wanted = [path for path in files if suffixes is None or path.suffix in suffixes]
         if wanted:
-            yield str(folder.relative_to(root)), wanted
+            yield str(Path(name) / folder.relative_to(root)), wanted
 
 
 def content_of(path: Path) -> bytes:

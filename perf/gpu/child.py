@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-REPORT = "report.json"
+REPORT, NOTES = "report.json", "notes.txt"
 FAULTS = ("hang", "wrong", "compile")
 _PR_SET_PDEATHSIG = 1
 
@@ -54,6 +54,12 @@ class Context:
     def say(self, text: str) -> None:
         """Print a line at once; the supervisor kills what is silent for too long."""
         print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print what must be heard of even if the step is killed later."""
+        self.say(text)
+        with (self.folder / NOTES).open("a") as notes:
+            notes.write(f"{text}\n")
 
     def read(self, name: str) -> Any:
         """Return what a step before has kept for later ones, None if it has not."""

@@ -22,8 +22,8 @@ from perf.gpu.recording import distinct
 
 # What a run will launch: functions that return calls; those of the tests know the tests' bodies.
 SOURCES = {
-    "first": ("tests.gpu.recorded:ladder_calls", "perf.gpu.timing:calls"),
-    "second": ("tests.gpu.recorded:test_calls", "perf.gpu.suites:calls", "perf.gpu.levers:calls"),
+    "first": ("tests.gpu.recorded:calls_of_ladder", "perf.gpu.timing:calls"),
+    "second": ("tests.gpu.recorded:calls_of_tests", "perf.gpu.suites:calls", "perf.gpu.levers:calls"),
 }
 SPARE_CORES = 2
 REHEARSED = 2  # kernels of a rehearsal
@@ -41,7 +41,7 @@ def compile_for(context: Context, plan: str) -> dict:
     """
     calls = distinct(list_calls(context, SOURCES[plan]))
     if context.rehearse:
-        calls = calls[:REHEARSED]
+        calls = sorted(calls, key=lambda call: call.rule.config.block_h)[:REHEARSED]
     if context.fault == "compile":
         calls[0] = replace(calls[0], buffers=calls[0].buffers._replace(routing=Routing()))
     context.say(f"{len(calls)} kernels to compile")

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.gpu.child import REPORT
+from perf.gpu.child import NOTES, REPORT
 from perf.gpu.steps import Outcome, Step
 from perf.sources import ROOT
 
@@ -79,6 +80,8 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        assert self.process.stdin is not None
+        self.stdin = self.process.stdin
         self.started = self.spoke = time.monotonic()
         self.spoken_bytes = 0
         self.has_begun = False
@@ -87,12 +90,9 @@ class Child:
         """Let the step begin; its time counts from now."""
         self.has_begun = True
         self.started = self.spoke = time.monotonic()
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(b"go\n")
-            self.process.stdin.close()
-        except OSError:
-            pass  # it has ended already, which its outcome will say
+        with suppress(OSError):  # it has ended already, which its outcome will say
+            self.stdin.write(b"go\n")
+            self.stdin.flush()
 
     def wait(self, end: float) -> Outcome:
         """Wait until it ends, is silent or late; whatever it started ends with it.
@@ -125,33 +125,35 @@ class Child:
     def abort(self) -> None:
         """Ask for the stack of every thread, which says where it hangs."""
         self.process.send_signal(signal.SIGABRT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            pass
 
     def kill(self) -> None:
         """End the process and all of its group."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(MOST_DYING_S)
-        except subprocess.TimeoutExpired:
-            pass
+        with suppress(OSError):
+            self.stdin.close()
 
     def outcome(self, too_long: str, seconds: float) -> Outcome:
         """Say what became of the step, by its report, else by the end of its log."""
         name, path = self.step.name, self.folder / REPORT
         if too_long:
-            return Outcome(name, "hung", seconds, f"{too_long}\n{tail(self.log)}")
+            return Outcome(name, "hung", seconds, f"{too_long}\n{self.last_words()}")
         if not path.exists():
             status = self.process.returncode
-            return Outcome(name, "died", seconds, f"exit status {status}\n{tail(self.log)}")
+            return Outcome(name, "died", seconds, f"exit status {status}\n{self.last_words()}")
         report = json.loads(path.read_text())
         verdict = "passed" if report["ok"] else "failed"
         return Outcome(name, verdict, seconds, report["text"], report.get("details"))
+
+
+    def last_words(self) -> str:
+        """Return what the step noted, and the end of its log."""
+        notes = self.folder / NOTES
+        return (notes.read_text() if notes.exists() else "") + tail(self.log)
 
 
 def tail(log: Path) -> str:

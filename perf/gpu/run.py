@@ -61,7 +61,8 @@ class Runner:
         """Let the next step import meanwhile, unless it is one that may well not run."""
         for step in steps:
             if not step.explains:
-                self.ready.setdefault(step.name, Child(step, self.setting))
+                if step.name not in self.ready:
+                    self.ready[step.name] = Child(step, self.setting)
                 return
 
     def why_skipped(self, step: Step) -> str:
@@ -76,7 +77,9 @@ class Runner:
 
     def close(self, outcome: Outcome, step: Step) -> None:
         """Keep an outcome, and let a bad one end the run where the step says so."""
-        self.ready.pop(step.name, None)
+        child = self.ready.pop(step.name, None)
+        if child is not None and outcome.verdict == "skipped":
+            child.kill()  # it was started early, and waits
         self.verdicts[step.name] = outcome.verdict
         if step.explains and outcome.verdict == "skipped" and not self.stopped_by:
             return
@@ -86,7 +89,7 @@ class Runner:
 
     def interrupt(self, why: str) -> None:
         """End every process that is still there; what has begun is kept with its last words."""
-        for name, child in {**self.ready}.items():
+        for child in self.ready.values():
             child.kill()
             if child.has_begun:
                 seconds = time.monotonic() - child.started

@@ -35,15 +35,16 @@ class Reporter:
             self.context.say(f"{report.outcome} {report.nodeid} {report.duration:.1f} s")
             self.context.keep("tests", self.outcomes)
         if report.outcome == "failed":
-            text = str(report.longrepr).splitlines()[-SHOWN_LINES:]
-            self.failures.append(f"{report.nodeid}: {why(text)}")
-            self.context.say("\n".join(text))
+            lines = str(report.longrepr).splitlines()
+            self.failures.append(f"{report.nodeid}: {why(lines)}")
+            self.context.say("\n".join(lines[-SHOWN_LINES:]))
+            self.context.note(f"failed {self.failures[-1]}")
 
 
 def why(lines: list[str]) -> str:
     """Return the line of a failure that says what it is."""
     errors = [line[1:].strip() for line in lines if re.match(r"E\s", line)]
-    return (errors or lines or ["no word"])[0]
+    return (errors or lines[-1:] or ["no word"])[0]
 
 
 def run_tests(context: Context) -> dict:
@@ -55,6 +56,7 @@ def run_tests(context: Context) -> dict:
     """
     import pytest
 
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     before = set(compiled())
     reporter = Reporter(context)
     status = pytest.main(command(context.rehearse), plugins=[reporter])
@@ -73,7 +75,7 @@ def command(rehearse: bool) -> list[str]:
     given = ["-v", "--tb=short", f"--maxfail={MOST_FAILURES}", "-p", "no:benchmark",
              "-W", "default", "--rootdir", str(ROOT)]  # fmt: skip
     if find_spec("pytest_timeout"):
-        given += [f"--timeout={TEST_S}", "--timeout-method=thread"]
+        given += ["-p", "pytest_timeout", f"--timeout={TEST_S}", "--timeout-method=thread"]
     for name in DESELECTED:
         given += ["--deselect", f"tests/gpu/test_gpu_launch.py::{name}",
                   "--deselect", f"tests/gpu/test_gpu_graphs.py::{name}"]  # fmt: skip

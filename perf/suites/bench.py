@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from perf.extras import progress_bar
+from perf.extras import progress_bar_if_any
 from perf.measuring.measure import DEFAULT, Protocol, Timing, time_eager, time_graphs
 from perf.measuring.roofline import ASSUMED_H200, Roofs, measure_roofs
 from perf.problems.cases import RECORDING, Case
@@ -117,7 +117,7 @@ class Bench:
     def each(self, cases: Iterable[Case]) -> Iterable[Case]:
         """Yield cases with a progress bar until the time is up, and note what was left out."""
         wanted = self.keep(cases)
-        with progress_bar(wanted, unit="case") as progress:
+        with progress_bar_if_any(wanted, unit="case") as progress:
             for place, case in enumerate(progress):
                 if self.is_late:
                     self.notes.append(f"{len(wanted) - place} cases left out: time is up")

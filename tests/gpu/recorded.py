@@ -200,11 +200,11 @@ def record_ladder() -> Recorded:
     return recorded
 
 
-def test_calls() -> list[Call]:
+def calls_of_tests() -> list[Call]:
     """Return the calls of the GPU's tests."""
     return record_tests().calls
 
 
-def ladder_calls() -> list[Call]:
+def calls_of_ladder() -> list[Call]:
     """Return the calls of the ladder."""
     return record_ladder().calls
