@@ -1,10 +1,10 @@
 """Find out on an H100 or H200 what a CPU cannot say: is the layer right there, and how fast.
 
 Nothing but this machine's own Python is needed: torch, Triton, numpy, pytest. ``first`` takes at
-most 220 s: versions, roofs, a ladder of ever larger checks that ends where one breaks, first times.
-``second`` takes at most 400 s: the GPU's tests, suites against every installed peer, levers. Each
-leaves three files in --out: VERB.log, VERB.verdict.txt and VERB.tgz, also when it fails or is told
-to end.
+most 220 s: versions, roofs, a ladder of ever larger checks that ends where one breaks, and first
+times. ``second`` takes at most 400 s: the GPU's tests, suites against every installed peer, and
+levers. Each leaves three files in --out: VERB.log, VERB.verdict.txt and VERB.tgz, also when it fails or is
+told to end.
 """
 
 import argparse

@@ -102,7 +102,9 @@ def unpack_cache(path: Path, cache: Path) -> int:
                 tar.extractall(folder, filter="data")
             was = (Path(folder) / CACHE_PATH).read_text()
         except (OSError, tarfile.TarError) as error:
-            raise ValueError(f"--cache must be the archive of a run, got {path}: {error}") from None
+            raise ValueError(
+                f"--cache must be the archive of a run, got {path}: {error}"
+            ) from None
         root = Path(folder) / CACHE
         files = [one for one in root.rglob("*") if one.is_file()]
         for one in files:

@@ -23,7 +23,11 @@ from perf.gpu.recording import distinct
 # What a run will launch: functions that return calls; those of the tests know the tests' bodies.
 SOURCES = {
     "first": ("tests.gpu.recorded:calls_of_ladder", "perf.gpu.timing:calls"),
-    "second": ("tests.gpu.recorded:calls_of_tests", "perf.gpu.suites:calls", "perf.gpu.levers:calls"),
+    "second": (
+        "tests.gpu.recorded:calls_of_tests",
+        "perf.gpu.suites:calls",
+        "perf.gpu.levers:calls",
+    ),
 }
 SPARE_CORES = 2
 REHEARSED = 2  # kernels of a rehearsal
@@ -69,9 +73,7 @@ def list_calls(context: Context, sources: Sequence[str]) -> list[Call]:
     return calls
 
 
-def compile_all(
-    calls: Sequence[Call], say: Callable[[str], None]
-) -> tuple[list[str], list[str]]:
+def compile_all(calls: Sequence[Call], say: Callable[[str], None]) -> tuple[list[str], list[str]]:
     """Compile calls side by side.
 
     Args:

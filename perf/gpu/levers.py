@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from megakernel import KernelConfig
 from megakernel.launch.call import Call
@@ -10,7 +11,7 @@ from perf.gpu.recording import GPU, recording, stand_in_problem
 from perf.gpu.timing import bounded_config, make_bench, make_case
 from perf.problems.cases import SHAPES, Case
 from perf.problems.providers import configured_call
-from perf.tune import fastest, merge_into_table
+from perf.suites.tuning import fastest, merge_into_table
 
 # Fields of KernelConfig and the values to try; the default's own is timed anyway.
 LEVERS: dict[str, tuple[int | bool, ...]] = {
@@ -36,8 +37,13 @@ def turned(
     configs = {"default": config}
     for name, values in levers.items():
         others = [value for value in values if value != getattr(config, name)]
-        configs |= {f"{name}={value}": replace(config, **{name: value}) for value in others}
+        configs |= {f"{name}={value}": with_lever(config, name, value) for value in others}
     return configs
+
+
+def with_lever(config: KernelConfig, name: str, value: Any) -> KernelConfig:
+    """Return a config with one field changed."""
+    return replace(config, **{name: value})
 
 
 def sweep(context: Context, model: str, num_tokens: str) -> dict:

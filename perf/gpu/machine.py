@@ -1,6 +1,5 @@
 """What the machine is, and what it can at most do."""
 
-import hashlib
 import os
 import platform
 import shutil
@@ -10,7 +9,7 @@ from dataclasses import asdict
 from importlib import metadata
 
 from perf.gpu.child import Context
-from perf.sources import ROOT
+from perf.sources import digest
 
 COMMAND_S = 10.0
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-timeout", "hypothesis",
@@ -43,8 +42,12 @@ def describe(context: Context) -> dict:
     if not context.rehearse:
         properties = torch.cuda.get_device_properties(context.device)
         free, total = torch.cuda.mem_get_info(context.device)
-        details |= {"gpu": properties.name, "sms": properties.multi_processor_count,
-                    "free_gb": round(free / 2**30, 1), "total_gb": round(total / 2**30, 1)}
+        details |= {
+            "gpu": properties.name,
+            "sms": properties.multi_processor_count,
+            "free_gb": round(free / 2**30, 1),
+            "total_gb": round(total / 2**30, 1),
+        }
     shown = ("gpu", "free_gb", "python", "torch", "triton", "numpy", "cores")
     details["text"] = ", ".join(f"{name} {details[name]}" for name in shown if name in details)
     return details
@@ -82,12 +85,3 @@ def output_of(*command: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return type(error).__name__
     return (done.stdout or done.stderr).partition("\n")[0]
-
-
-def digest() -> str:
-    """Name the sources that ran: there need be no git to say it."""
-    total = hashlib.sha256()
-    for folder in ("megakernel", "perf", "reference", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            total.update(path.read_bytes())
-    return total.hexdigest()[:12]

@@ -18,9 +18,9 @@ SUITE_SECONDS = {"forward": 60.0, "decode": 40.0, "replay": 30.0, "timeline": 30
 TEST_SECONDS = 140.0
 
 
-def ladder(name: str, function: str, *arguments: str, **options: str) -> Step:
+def ladder(name: str, function: str, *arguments: str, explains: str = "") -> Step:
     """Return a rung of the ladder: the run ends where one breaks."""
-    return Step(name, f"tests.gpu.ladder:{function}", arguments, **options)
+    return Step(name, f"tests.gpu.ladder:{function}", arguments, explains=explains)
 
 
 LADDER = (
@@ -53,7 +53,7 @@ FIRST = Plan(
         Step("roofs", "perf.gpu.machine:roofs", waits=False, stops=False),
         *LADDER,
         *(timing(*timed) for timed in TIMED),
-        Step("timeline", "perf.gpu.timing:timed_launch", TIMED[0][:1] + ("8192",), stops=False),
+        Step("timeline", "perf.gpu.timing:timed_launch", (TIMED[0][0], "8192"), stops=False),
     ),
 )  # fmt: skip
 

@@ -149,7 +149,6 @@ class Child:
         verdict = "passed" if report["ok"] else "failed"
         return Outcome(name, verdict, seconds, report["text"], report.get("details"))
 
-
     def last_words(self) -> str:
         """Return what the step noted, and the end of its log."""
         notes = self.folder / NOTES

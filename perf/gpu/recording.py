@@ -1,4 +1,4 @@
-"""Calls of the layer written down instead of launched, so that their kernels can be compiled ahead.
+"""Calls of the layer written down instead of launched: their kernels can be compiled ahead.
 
 The code that a GPU will run is called with tensors of the host in its real shapes, which nobody
 reads. It takes the configs of a GPU, and each call that it would launch is kept without storage.

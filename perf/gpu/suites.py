@@ -52,7 +52,10 @@ def run_one(context: Context, name: str, budget_s: str) -> dict:
     shown = [row for row in bench.rows if row.mode == mode and row.metric == "time"]
     text = ", ".join(f"{row.case} T={row.T} {row.provider} {row.median:.0f} us"
                      for row in shown[:SHOWN])  # fmt: skip
-    return {"text": f"{len(bench.rows)} figures; {text}", "notes": list(dict.fromkeys(bench.notes))}
+    return {
+        "text": f"{len(bench.rows)} figures; {text}",
+        "notes": list(dict.fromkeys(bench.notes)),
+    }
 
 
 def calls() -> list[Call]:

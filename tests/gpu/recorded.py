@@ -91,7 +91,7 @@ class Silent(Context):
 class WithoutChecks(ast.NodeTransformer):
     """Keep what an assertion computes, and forget whether it holds."""
 
-    def visit_Assert(self, node: ast.Assert) -> ast.Expr:  # noqa: N802 (the name that ast calls)
+    def visit_Assert(self, node: ast.Assert) -> ast.Expr:
         """Turn an assertion into the expression that it is about."""
         return ast.copy_location(ast.Expr(node.test), node)
 

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.gpu
 
 QWEN = "Qwen3-30B-A3B"
 PRIME = next(case for case in SHAPES if case.name == "prime-experts")
+
+
 def per_token(out: MoEOutput) -> list[Tensor]:
     """Return the outputs that have a row for each token."""
     return [out.y_TH, out.expert_of_TK, out.gate_TK, out.logits_TE]

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead are those that a launch looks for, and one that does not compile is told."""
+"""Kernels compiled ahead are those that a launch looks for; what does not compile is told."""
 
 import json
 import os
@@ -35,7 +35,9 @@ for call in calls.CALLS:
 
 
 def compiled(cache: Path) -> set[Path]:
-    return {path.parent for path in cache.glob("*/moe_kernel.cubin")}
+    """Return the folders of the kernels, and of the launchers that Triton 3.6 compiles."""
+    found = [*cache.glob("*/moe_kernel.cubin"), *cache.glob("*/__triton_launcher*.so")]
+    return {path.parent for path in found}
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def test_a_launch_finds_what_was_compiled_ahead_also_after_a_move(tmp_path: Path
     assert json.loads(run(AHEAD)) == [["", ""]] * 3
     cache = tmp_path / "cache"
     kernels = compiled(cache)
-    assert len(kernels) == 3
+    assert len(kernels) >= 3
     run(LAUNCH)
     assert compiled(cache) == kernels
     (tmp_path / "work").mkdir()

@@ -20,7 +20,8 @@ named = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_step_calls_a_function_with_its_arguments(step: Step) -> None:
     module, _, name = step.call.partition(":")
     function = getattr(import_module(module), name)
-    assert list(signature(function).bind(None, *step.arguments).arguments)[0] == "context"
+    bound = signature(function).bind(None, *step.arguments)
+    assert next(iter(bound.arguments)) == "context"
 
 
 @named
@@ -63,7 +64,9 @@ def test_the_ladder_comes_before_any_time_is_taken() -> None:
 def test_models_and_suites_exist() -> None:
     arguments = [step.arguments[0] for step in STEPS if step.call.startswith("perf.gpu.suites")]
     assert arguments and set(arguments) <= set(SUITES)
-    models = {step.arguments[0] for step in STEPS if "levers" in step.call or "timing" in step.call}
+    models = {
+        step.arguments[0] for step in STEPS if "levers" in step.call or "timing" in step.call
+    }
     assert models and models <= set(SHAPES)
     assert LEVERS
 

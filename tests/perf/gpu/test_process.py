@@ -32,7 +32,11 @@ def ends_soon(pid: int) -> bool:
 
 def test_what_a_step_returns_is_its_outcome(tmp_path: Path) -> None:
     outcome = run(tmp_path, "passes", "a", "b")
-    assert (outcome.verdict, outcome.text, outcome.details) == ("passed", "seen a b", {"figure": 3})
+    assert (outcome.verdict, outcome.text, outcome.details) == (
+        "passed",
+        "seen a b",
+        {"figure": 3},
+    )
     assert (tmp_path / "steps" / "one" / "log").read_text() == "a word\n"
 
 

@@ -77,12 +77,12 @@ def test_a_failure_is_explained_where_a_step_can(run) -> None:
 
 
 def test_a_step_that_explains_is_silent_where_there_is_nothing_to_explain(run) -> None:
-    status, verdict, printed = run(step("a"), step("why", explains="a"))
+    status, _, printed = run(step("a"), step("why", explains="a"))
     assert status == 0 and not any("why" in line for line in printed)
 
 
 def test_steps_beside_one_another_are_all_waited_for(run) -> None:
-    status, verdict, printed = run(
+    status, _, printed = run(
         step("slow", "talks", "2", beside=True), step("quick", waits=False), step("after")
     )
     assert status == 0
