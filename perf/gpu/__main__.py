@@ -3,8 +3,8 @@
 Nothing but this machine's own Python is needed: torch, Triton, numpy, pytest. ``first`` takes at
 most 220 s: versions, roofs, a ladder of ever larger checks that ends where one breaks, and first
 times. ``second`` takes at most 400 s: the GPU's tests, suites against every installed peer, and
-levers. Each leaves three files in --out: VERB.log, VERB.verdict.txt and VERB.tgz, also when it fails or is
-told to end.
+levers. Each leaves three files in --out: VERB.log, VERB.verdict.txt and VERB.tgz, also when it
+fails or is told to end.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Knobs that change no bit, each turned alone: what is the launch made quicker by?"""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -68,11 +69,10 @@ def sweep(context: Context, model: str, num_tokens: str) -> dict:
 
 def calls() -> list[Call]:
     """Return the calls of the sweeps."""
+    problems = [stand_in_problem(Case(SHAPES[name], num_tokens)) for name, num_tokens in SWEPT]
     with recording() as found:
-        for model, num_tokens in SWEPT:
-            case = Case(SHAPES[model], num_tokens)
-            problem = stand_in_problem(case)
-            for config in turned(bounded_config(case, GPU)).values():
-                for route in ROUTES:
-                    configured_call(problem, route, config)()
+        for problem in problems:
+            configs = turned(bounded_config(problem.case, GPU)).values()
+            for config, route in itertools.product(configs, ROUTES):
+                configured_call(problem, route, config)()
     return found

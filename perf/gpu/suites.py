@@ -17,7 +17,7 @@ from perf.problems.providers import OURS, Provider
 from perf.results import record
 from perf.suites.bench import Bench
 from perf.suites.command import run_suite
-from perf.suites.layer import QUICK_MODELS, cases_of
+from perf.suites.layer import QUICK_MODELS, SIZES, cases_of
 from perf.suites.timeline import ROUTES, timed_cases, timed_providers
 
 SHOWN = 6  # figures in the text
@@ -61,17 +61,18 @@ def run_one(context: Context, name: str, budget_s: str) -> dict:
 def calls() -> list[Call]:
     """Return the calls of the suites that a run holds."""
     bench = Bench(GPU, quick=True, models=QUICK_MODELS)
+    untimed = [case for name in SUITE_SECONDS if name in SIZES for case in cases_of(name, bench)]
+    wanted: list[tuple[Case, tuple[Provider, ...]]] = [(case, OURS) for case in untimed]
+    wanted += [(case, timed(case)) for case in timed_cases(bench)]
     with recording() as found:
-        for name in SUITE_SECONDS:
-            cases = timed_cases(bench) if name == "timeline" else cases_of(name, bench)
-            for case in bench.keep(cases):
-                problem = stand_in_problem(case)
-                for provider in OURS if name != "timeline" else timed(case):
-                    provider.prepare(problem)()
+        for case, providers in wanted:
+            problem = stand_in_problem(case)
+            for provider in providers:
+                provider.prepare(problem)()
     return found
 
 
-def timed(case: Case) -> list[Provider]:
+def timed(case: Case) -> tuple[Provider, ...]:
     """Return what the suite "timeline" times."""
     config = default_config(case.layer, case.num_tokens, torch.bfloat16, GPU)
-    return [one for route in ROUTES for one in timed_providers(config, route)]
+    return tuple(one for route in ROUTES for one in timed_providers(config, route))
