@@ -36,7 +36,7 @@ class Runner:
     def run(self) -> None:
         """Run every step that is due."""
         for place, step in enumerate(self.plan.steps):
-            if step.waits and not step.beside:
+            if step.waits and not step.beside and not self.stopped_by:
                 self.join()
             if reason := self.why_skipped(step):
                 self.close(Outcome(step.name, "skipped", text=reason), step)
@@ -49,7 +49,8 @@ class Runner:
                 continue
             self.start_next(self.plan.steps[place + 1 :])
             self.close(child.wait(self.end), step)
-        self.join()
+        if not self.stopped_by:
+            self.join()
 
     def join(self) -> None:
         """Wait for the steps that run beside one another."""
@@ -88,12 +89,20 @@ class Runner:
         self.journal.add(outcome)
 
     def interrupt(self, why: str) -> None:
-        """End every process that is still there; what has begun is kept with its last words."""
+        """End every process that is still there; what has begun is kept with its last words.
+
+        Args:
+            why: what ended the run from outside; "" where a step did, which nothing beside it
+                has to answer for.
+        """
         for child in self.ready.values():
             child.kill()
-            if child.has_begun:
-                seconds = time.monotonic() - child.started
+            seconds = time.monotonic() - child.started
+            if child.has_begun and why:
                 self.journal.add(child.outcome(f"stopped: {why}", seconds))
+            elif child.has_begun:
+                text = f"{self.stopped_by} went wrong"
+                self.journal.add(Outcome(child.step.name, "skipped", seconds, text))
         self.ready.clear()
         self.beside.clear()
 

@@ -90,6 +90,15 @@ def test_steps_beside_one_another_are_all_waited_for(run) -> None:
     assert order == ["quick", "slow", "after"]
 
 
+def test_a_step_that_stops_the_run_does_not_wait_for_those_beside_it(run) -> None:
+    start = time.monotonic()
+    status, verdict, _ = run(
+        step("slow", "talks", "50", beside=True), step("b", "fails", waits=False), step("c")
+    )
+    assert status == 1 and time.monotonic() - start < 25
+    assert verdict[1:] == ["failed b: 7 of 9 values differ", "skipped: c, slow"]
+
+
 def test_no_step_starts_without_time(run) -> None:
     status, verdict, _ = run(step("a", "talks", "3"), step("b"), seconds=8.0)
     assert status == 1

@@ -69,6 +69,16 @@ def test_pytest_is_told_what_was_agreed(monkeypatch: pytest.MonkeyPatch) -> None
     assert {"--timeout=35", "--timeout-method=thread"} <= set(command(rehearse=False))
 
 
+def test_what_is_left_out_is_not_selected() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *command(rehearse=False)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "test_real_layers" in done.stdout
+    assert not [name for name in DESELECTED if name in done.stdout]
+
+
 def test_what_is_left_out_exists() -> None:
     text = "\n".join(path.read_text() for path in (ROOT / "tests" / "gpu").glob("test_gpu_*.py"))
     assert all(f"def {name}(" in text for name in DESELECTED)
