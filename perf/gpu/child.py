@@ -114,7 +114,7 @@ def run(function: Callable[..., dict | None], context: Context, arguments: Seque
         traceback.print_exc()
         text = str(error) if isinstance(error, AssertionError) else ""
         report = {"ok": False, "text": text or f"{type(error).__name__}: {error}"}
-    write_at_once(context.folder / REPORT, json.dumps(report))
+    write_at_once(context.folder / REPORT, json.dumps(report, default=str))
     return 0 if report["ok"] else 1
 
 
