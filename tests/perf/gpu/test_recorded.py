@@ -121,6 +121,7 @@ def test_every_rung_of_the_ladder_was_heard_to_its_end(record) -> None:
     bodies, errors, kernels = record("ladder")
     assert errors == {}
     assert bodies == len([step for step in LADDER if not step.explains])
+    assert len(kernels) >= 31
     for height, route in ((16, "replay"), (64, "live"), (128, "given")):
         assert any(f"rows{height} " in one and f" {route} " in one and "2048" in one
                    for one in kernels)  # fmt: skip
