@@ -64,8 +64,10 @@ bench: $(VENV)/ready
 	$(RUN) -m perf run --suite all --quick --out out/perf
 	$(RUN) -m perf report out/perf --out out/perf
 
-gpu: $(VENV)/ready
-	$(RUN) -m perf.gpu
+# Nothing is installed for it: a machine with a GPU has its own torch and Triton, and maybe no network.
+gpu:
+	$(PYTHON) -m perf.gpu first --out out/gpu
+	$(PYTHON) -m perf.gpu second --out out/gpu --cache out/gpu/first.tgz
 
 clean:
 	rm -rf .venv .venv-newest .venv-oldest build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ The extra's are imported where they are used, and a missing one ends the command
 """
 
 import sys
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,36 @@ def optional(name: str) -> Any:
 def progress_bar(*given: Any, **options: Any) -> Any:
     """Return a bar of tqdm that leaves no line behind; arguments as tqdm's own."""
     return optional("tqdm").tqdm(*given, leave=False, **options)
+
+
+class QuietBar:
+    """What stands for a bar where tqdm is missing and nothing hangs on seeing one."""
+
+    def __init__(self, wanted: Iterable[Any]) -> None:
+        """Take what is gone through."""
+        self.wanted = wanted
+
+    def __enter__(self) -> "QuietBar":
+        """Show nothing."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Hide nothing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through it."""
+        return iter(self.wanted)
+
+    def set_description(self, text: str) -> None:
+        """Say nothing."""
+
+
+def progress_bar_if_any(wanted: Iterable[Any], **options: Any) -> Any:
+    """Return a bar of tqdm over something, a quiet one where there is no tqdm.
+
+    Measuring needs nothing of the extra: on a rented machine it may be missing.
+    """
+    return progress_bar(wanted, **options) if find_spec("tqdm") else QuietBar(wanted)
 
 
 def why_missing(package: str | None, needs_gpu: bool, has_gpu: bool) -> str | None:

@@ -6,26 +6,21 @@ checked, timed and entered in the table that moe() takes its default from. Witho
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megakernel.config import SHIPPED, KernelConfig, shipped_config
-from megakernel.launch.tuned import TABLE_PATH, Tuned, read_table
+from megakernel.config import SHIPPED, KernelConfig
+from megakernel.launch.tuned import TABLE_PATH, Tuned
 from perf.arguments import TRACE_HELP, count
-from perf.measuring.measure import QUICK, Timing
+from perf.measuring.measure import QUICK
 from perf.problems.cases import RECORDING, SCENARIOS, SHAPES, Case, make_loads
-from perf.problems.providers import Provider, configured_call
-from perf.problems.ready import prepare
-from perf.problems.tensors import Problem, make_problem
-from perf.results.record import LABEL, provenance
+from perf.results.record import LABEL
 from perf.simulator.predict import describe, search_configs
-from perf.suites.bench import Bench
+from perf.suites.bench import Bench, device_here
+from perf.suites.tuning import fastest, merge_into_table
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192, 32768)
 ROUTES = ("live", "replay")
@@ -46,28 +41,7 @@ def tune(bench: Bench, case: Case, routes: Sequence[str], num_tried: int) -> Tun
     Raises:
         RuntimeError: if no config compiled and agreed with the reference on all routes.
     """
-    tried = choose_tried(bench, case, routes, num_tried)
-    problem = make_problem(case, bench.device)
-    timing_of = {route: time_configs(bench, problem, route, tried) for route in routes}
-    ran = [name for name in tried if all(name in timing_of[route] for route in routes)]
-    if not ran:
-        raise RuntimeError(f"no config ran for {case.name} T={case.num_tokens}")
-    median_us = {name: {route: timing_of[route][name].median for route in routes} for name in ran}
-    best = min(ran, key=lambda name: sum(median_us[name].values()))
-    untuned = describe(shipped_config(case.num_assignments, case.model.num_experts))
-    where = provenance()
-    return Tuned(
-        gpu=where["gpu"],
-        layer=case.layer,
-        num_tokens=case.num_tokens,
-        config=tried[best],
-        median_us=median_us[best],
-        shipped_us=median_us.get(untuned, {}),
-        torch=where["torch"],
-        triton=where["triton"],
-        commit=where["commit"],
-        date=where["date"],
-    )
+    return fastest(bench, case, routes, choose_tried(bench, case, routes, num_tried))[0]
 
 
 def choose_tried(
@@ -82,19 +56,6 @@ def choose_tried(
         )
         tried |= {describe(config): config for _, config in ranked[:num_tried]}
     return tried
-
-
-def time_configs(
-    bench: Bench, problem: Problem, route: str, configs: dict[str, KernelConfig]
-) -> dict[str, Timing]:
-    """Check and time configs on one problem; those that do not compile or are wrong drop out."""
-    providers = [
-        Provider(name, partial(configured_call, route=route, config=config))
-        for name, config in configs.items()
-    ]
-    ready = prepare(problem, providers)
-    bench.notes += [f"{name}: {reason}" for name, reason in ready.skipped.items()]
-    return bench.time(ready.calls)["graph" if bench.on_gpu else "eager"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def enter_all(cases: Sequence[Case], routes: Sequence[str], num_tried: int, table: Path) -> None:
     """Tune each case, enter it in a table and print it."""
-    bench = Bench(torch.device("cuda"), protocol=QUICK)
+    bench = Bench(device_here(), protocol=QUICK)
     for case in cases:
         entry = tune(bench, case, routes, num_tried)
         merge_into_table(table, [entry])  # at once: a later case may run out of time
@@ -151,18 +112,6 @@ def enter_all(cases: Sequence[Case], routes: Sequence[str], num_tried: int, tabl
             shipped_us = entry.shipped_us.get(route, float("nan"))
             print(f"  {route}: {us:.0f} us, shipped config {shipped_us:.0f} us")
     print("\n".join(dict.fromkeys(bench.notes)))
-
-
-def merge_into_table(path: Path, entries: Iterable[Tuned]) -> None:
-    """Write entries into a table, in place of those with the same key."""
-    table = {entry.key: entry for entry in (*read_table(path), *entries)}
-    in_order = sorted(
-        table.values(), key=lambda entry: (entry.gpu, astuple(entry.layer), entry.num_tokens)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".new")
-    written.write_text(json.dumps([asdict(entry) for entry in in_order], indent=1) + "\n")
-    written.replace(path)  # at once: an interrupted write must not break the import
 
 
 def print_ranking(case: Case, route: str, num_shown: int) -> None:

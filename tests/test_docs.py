@@ -106,7 +106,9 @@ MAKE_TARGETS = (
 def test_make_runs_programs_that_exist(target: str) -> None:
     assert target in make_targets()
     recipe = re.search(rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)+)", MAKEFILE, re.MULTILINE)
-    modules = re.findall(r"(?:\$\(RUN\)|/python) -m ([\w.]+)", recipe[1] if recipe else "")
+    modules = re.findall(
+        r"(?:\$\((?:RUN|PYTHON)\)|/python) -m ([\w.]+)", recipe[1] if recipe else ""
+    )
     assert modules
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from perf.measuring.measure import Timing
+from perf.sources import digest
 
 ROOT = Path(__file__).parents[2]
 # Stands beside every figure that a model of the machine gave.
@@ -158,8 +159,8 @@ def _parse(values: dict[str, str]) -> Row:
 
 def _commit() -> str:
     commit = _output("git", "rev-parse", "--short", "HEAD")
-    if commit == "unknown":
-        return commit
+    if commit == "unknown":  # a plain copy: its files name it
+        return f"sources-{digest()}"
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+changes" if changed else commit
 

@@ -9,9 +9,15 @@ from perf.results.record import Row, pick, provenance_line, unique
 
 
 def draw_all(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Draw every picture that the rows allow, and the table; return what was written."""
+    """Write the table and draw every picture that the rows allow; return what was written.
+
+    The table comes first: it needs no matplotlib, which a machine with a GPU may lack.
+    """
     out.mkdir(parents=True, exist_ok=True)
     written = []
+    if rows:
+        (out / "tables.md").write_text(format_tables(rows))
+        written.append(out / "tables.md")
     for mode in ("graph", "eager"):
         for suite in ("forward", "decode", "replay"):
             chosen = pick(rows, suite=suite, mode=mode, metric="time")
@@ -25,9 +31,6 @@ def draw_all(rows: Sequence[Row], out: Path) -> list[Path]:
     chosen = pick(rows, suite="makespan", metric="slowest rank")
     if chosen:
         written.append(plot_makespan(chosen, out / "makespan.png"))
-    if rows:
-        (out / "tables.md").write_text(format_tables(rows))
-        written.append(out / "tables.md")
     return written
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from perf.extras import progress_bar
+from megakernel import release_workspaces
+from perf.extras import progress_bar_if_any
 from perf.measuring.measure import DEFAULT, Protocol, Timing, time_eager, time_graphs
 from perf.measuring.roofline import ASSUMED_H200, Roofs, measure_roofs
 from perf.problems.cases import RECORDING, Case
@@ -15,6 +16,13 @@ from perf.problems.providers import Provider
 from perf.results.record import Row, make_row
 from perf.results.timelines import Saved
 from perf.simulator.costs import H200, Machine
+
+
+def device_here() -> torch.device:
+    """Return the current GPU, with its index as tensors name it; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 @dataclass
@@ -30,6 +38,7 @@ class Bench:
         providers: names of providers to keep; empty for all.
         trace: recording that the suites play besides what they make up.
         known_roofs: of an earlier suite of the same run; None to measure when first asked.
+        say: told what is about to happen, since a long silence looks like a hang.
         rows: figures so far.
         failures: what of ours was wrong.
         notes: what was skipped, and why.
@@ -44,6 +53,7 @@ class Bench:
     providers: tuple[str, ...] = ()
     trace: Path = RECORDING
     known_roofs: Roofs | None = None
+    say: Callable[[str], object] = lambda text: None
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -75,11 +85,15 @@ class Bench:
         self, calls: Mapping[str, Callable[[], object]], not_captured: Sequence[str] = ()
     ) -> dict[str, dict[str, Timing]]:
         """Return timing_of[mode][name]: graph and eager on a GPU, eager elsewhere."""
+        self.say(f"timing {', '.join(calls)}")
         timing_of = {"eager": time_eager(calls, self.protocol, self.device)}
         if self.on_gpu:
             captured = {name: call for name, call in calls.items() if name not in not_captured}
             timing_of["graph"], refused = time_graphs(captured, self.protocol, self.device)
             self.notes += [f"{name}: no graph, {reason}" for name, reason in refused.items()]
+            # The graphs are gone: what their captures kept would lie beside the next case's.
+            release_workspaces(self.device, captured=True)
+            torch.cuda.empty_cache()
         return timing_of
 
     def add(
@@ -107,12 +121,13 @@ class Bench:
     def each(self, cases: Iterable[Case]) -> Iterable[Case]:
         """Yield cases with a progress bar until the time is up, and note what was left out."""
         wanted = self.keep(cases)
-        with progress_bar(wanted, unit="case") as progress:
+        with progress_bar_if_any(wanted, unit="case") as progress:
             for place, case in enumerate(progress):
                 if self.is_late:
                     self.notes.append(f"{len(wanted) - place} cases left out: time is up")
                     return
                 progress.set_description(f"{case.name} T={case.num_tokens}")
+                self.say(f"{case.name} T={case.num_tokens}")
                 yield case
 
     def add_roofs(self, suite: str) -> None:

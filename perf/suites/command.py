@@ -9,14 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from perf.arguments import TRACE_HELP
 from perf.measuring.measure import DEFAULT, QUICK
 from perf.problems.cases import RECORDING, SHAPES, read_trace
 from perf.problems.peers import ALL_PROVIDERS
 from perf.results import record, timelines
-from perf.suites.bench import Bench
+from perf.suites.bench import Bench, device_here
 from perf.suites.table import SUITES
 
 NAMES = tuple(provider.name for provider in ALL_PROVIDERS)
@@ -40,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"perf run: --trace must be a recording: {error}", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     wanted = list(SUITES) if "all" in arguments.suite else arguments.suite
     failures = []
     for name in wanted:
@@ -59,16 +57,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def run_suite(name: str, bench: Bench, out: Path) -> list[str]:
-    """Run one suite, write its rows, say what was skipped; return its failures."""
+def run_suite(name: str, bench: Bench, out: Path, anywhere: bool = False) -> list[str]:
+    """Run one suite, write its rows, say what was skipped; return its failures.
+
+    A suite that breaks keeps the rows it has, and does not end the others.
+
+    Args:
+        name: key of SUITES.
+        bench: where it runs.
+        out: folder for its files.
+        anywhere: whether a suite whose figures need a GPU is rehearsed without one.
+    """
     suite = SUITES[name]
-    if suite.needs_gpu and not bench.on_gpu:
+    if suite.needs_gpu and not (bench.on_gpu or anywhere):
         print(f"{name}: skipped, its figures need a GPU")
         return []
     start = time.monotonic()
-    suite.run(bench)
-    if bench.on_gpu:
-        bench.add_roofs(name)
+    try:
+        suite.run(bench)
+        if bench.on_gpu:
+            bench.add_roofs(name)
+    except Exception as error:  # whatever it is, the next suite has its own cases
+        bench.failures.append(f"{type(error).__name__}: {error}")
     if bench.rows:
         record.write(bench.rows, out / f"{name}.csv")
     for stem, saved in bench.timelines.items():

@@ -1,6 +1,7 @@
 """Suites that time the layer against its peers: forward, decode, replay, skew."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,28 @@ from perf.problems.tensors import make_problem
 from perf.simulator.predict import predict
 from perf.suites.bench import Bench
 
-# The sizes that matter most come first: a budget may end a suite early.
-FIRST_TOKENS = (8192, 4096, 16384)
 QUICK_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 SKEW_TOKENS = 8192
-REPLAY_TOKENS = (1, 64, 1024, 8192)
+
+
+class Sizes(NamedTuple):
+    """What a suite sweeps.
+
+    Attributes:
+        counts, quick_counts: numbers of tokens, and those of a quick run.
+        scenario: of the routing.
+    """
+
+    counts: tuple[int, ...]
+    quick_counts: tuple[int, ...]
+    scenario: str
+
+
+SIZES = {
+    "forward": Sizes(FORWARD_TOKENS, (8192, 4096), "uniform"),
+    "decode": Sizes(DECODE_TOKENS, (64, 1), "uniform"),
+    "replay": Sizes((1, 64, 1024, 8192), (8192, 64), "recorded"),
+}
 # Predicting a launch takes the host a second for every 50,000 tasks.
 MOST_PREDICTED_TOKENS = 8192
 ROUTE_OF_OURS = {"ours live": "live", "ours replay": "replay", "ours given": "given"}
@@ -37,20 +55,19 @@ ROUTE_OF_OURS = {"ours live": "live", "ours replay": "replay", "ours given": "gi
 
 def forward(bench: Bench) -> None:
     """Prefill and training sizes, uniform routing."""
-    others = [T for T in FORWARD_TOKENS if T not in FIRST_TOKENS]
-    for case in bench.each(sweep(bench, (*FIRST_TOKENS, *others), "uniform")):
+    for case in bench.each(cases_of("forward", bench)):
         time_providers(bench, "forward", case, ALL_PROVIDERS)
 
 
 def decode(bench: Bench) -> None:
     """Few tokens: reading the touched experts' weights is the work."""
-    for case in bench.each(sweep(bench, DECODE_TOKENS, "uniform")):
+    for case in bench.each(cases_of("decode", bench)):
         time_providers(bench, "decode", case, ALL_PROVIDERS)
 
 
 def replay(bench: Bench) -> None:
     """The same work on the live route, with replayed ids, and with the whole routing given."""
-    for case in bench.each(sweep(bench, REPLAY_TOKENS, "recorded")):
+    for case in bench.each(cases_of("replay", bench)):
         time_providers(bench, "replay", case, OURS)
 
 
@@ -75,15 +92,22 @@ def skew(bench: Bench) -> None:
                           timing.scaled(1 / balanced[key]))  # fmt: skip
 
 
-def sweep(bench: Bench, counts: Sequence[int], scenario: str) -> list[Case]:
-    """Every model at every T, T by T; one tiny case where there is no GPU."""
+def cases_of(suite: str, bench: Bench) -> list[Case]:
+    """Return the cases of a suite, model by model with falling T; a tiny one without a GPU.
+
+    A model's weights are then made once, and its largest call comes first: the memory that a
+    stream's launches share never grows beside an older, smaller one.
+
+    Args:
+        suite: key of SIZES.
+        bench: where it runs.
+    """
+    counts, quick_counts, scenario = SIZES[suite]
     if not bench.on_gpu:
         return [Case(TINY, min(counts[0], 32), scenario)]
-    if bench.quick:
-        models, counts = [MODELS[name] for name in QUICK_MODELS], counts[:2]
-    else:
-        models = list(MODELS.values())
-    return [Case(model, T, scenario) for T in counts for model in models]
+    names = QUICK_MODELS if bench.quick else MODELS
+    falling = sorted(quick_counts if bench.quick else counts, reverse=True)
+    return [Case(MODELS[name], T, scenario) for name in names for T in falling]
 
 
 def time_providers(
@@ -96,7 +120,14 @@ def time_providers(
     """
     try:
         problem = make_problem(case, bench.device)
-        ready = prepare(problem, bench.keep_providers(providers))
+        ready = prepare(problem, bench.keep_providers(providers), bench.say)
+        not_captured = [provider.name for provider in providers if not provider.capturable]
+        label_of = {provider.name: provider.label for provider in providers}
+        timing_of = {
+            (mode, label_of[name]): timing
+            for mode, timings in bench.time(ready.calls, not_captured).items()
+            for name, timing in timings.items()
+        }
     except Exception as error:  # one case must not end the suite
         bench.failures.append(f"{case.name} T={case.num_tokens}: {type(error).__name__}: {error}")
         return {}
@@ -105,13 +136,6 @@ def time_providers(
         f"{case.name} T={case.num_tokens} {name}: {reason}"
         for name, reason in ready.failed.items()
     ]
-    not_captured = [provider.name for provider in providers if not provider.capturable]
-    label_of = {provider.name: provider.label for provider in providers}
-    timing_of = {
-        (mode, label_of[name]): timing
-        for mode, timings in bench.time(ready.calls, not_captured).items()
-        for name, timing in timings.items()
-    }
     load_E = torch.bincount(problem.expert_of_TK.flatten(), minlength=case.model.num_experts)
     work = useful_work(case.model, case.num_tokens, load_E.cpu().numpy())
     for (mode, name), timing in timing_of.items():

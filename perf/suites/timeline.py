@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from megakernel.config import KernelConfig
 from megakernel.launch.tuned import default_config
 from megakernel.plan.protocol import NAMES
 from megakernel.tools.models import MODELS
@@ -48,14 +49,10 @@ def timed_cases(bench: Bench) -> list[Case]:
 def record_launch(bench: Bench, case: Case, route: str) -> None:
     """Run a case with the clock and without, and keep its figures and its timeline."""
     plain = default_config(case.layer, case.num_tokens, torch.bfloat16, bench.device)
-    timed = replace(plain, record_times=True)
-    providers = [
-        Provider(name, partial(configured_call, route=route, config=config), is_ours=True)
-        for name, config in (("without the clock", plain), ("with the clock", timed))
-    ]
+    providers = timed_providers(plain, route)
     where = f"{case.name} T={case.num_tokens} {route}"
     try:
-        ready = prepare(make_problem(case, bench.device), providers)
+        ready = prepare(make_problem(case, bench.device), providers, bench.say)
         without, with_clock = (ready.calls.get(provider.name) for provider in providers)
     except Exception as error:  # one case must not end the suite
         bench.failures.append(f"{where}: {type(error).__name__}: {error}")
@@ -76,6 +73,18 @@ def record_launch(bench: Bench, case: Case, route: str) -> None:
             case.model, case.num_tokens, make_loads(case), plain, route, bench.machine
         )
         add_replayed_prediction(bench, case, route, times, launch, measured)
+
+
+def timed_providers(plain: KernelConfig, route: str) -> tuple[Provider, Provider]:
+    """Return our layer on a route, without the clock and with it."""
+    without, with_clock = (
+        Provider(name, partial(configured_call, route=route, config=config), is_ours=True)
+        for name, config in (
+            ("without the clock", plain),
+            ("with the clock", replace(plain, record_times=True)),
+        )
+    )
+    return without, with_clock
 
 
 def make_saved(bench: Bench, case: Case, route: str, times: Timeline) -> Saved:

@@ -27,7 +27,7 @@ def test_no_task_is_ready_before_those_it_waits_for_have_begun(device: torch.dev
     schedule = replace(memory.schedule, num_tiles=int(memory.scratch.num_tiles_1))
     last_start = np.zeros(schedule.num_counters)
     for n, task in enumerate(schedule.tasks()):
-        for counter, _ in schedule.waits(task):
+        for counter, _ in schedule.waits(n):
             assert times.start_N[n] >= last_start[counter] - RESOLUTION_US
         if (counter := schedule.signal(task)) is not None:
             last_start[counter] = max(last_start[counter], times.start_N[n])

@@ -15,6 +15,7 @@ ARROWS = {
     "simulator": {"measuring", "problems", "results"},
     "suites": {"measuring", "problems", "results", "simulator"},
     "demo": {"measuring", "results"},
+    "gpu": {"measuring", "problems", "results", "suites"},
     "top": {"measuring", "problems", "results", "simulator", "suites"},
 }
 LEAVES = {"arguments", "extras", "sources"}  # on top, import nothing of perf, serve everyone
@@ -26,6 +27,7 @@ PACKAGES = {
     "simulator": {"megakernel"},
     "suites": {"balance", "megakernel"},
     "demo": {"balance", "megakernel", "reference"},
+    "gpu": {"megakernel"},
     "top": {"megakernel"},
 }
 MODULES = {

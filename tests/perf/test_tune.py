@@ -14,7 +14,8 @@ from perf.problems.cases import RECORDING, TINY, Case
 from perf.problems.tensors import make_problem
 from perf.results.record import LABEL
 from perf.suites.bench import Bench
-from perf.tune import merge_into_table, run, time_configs, tune
+from perf.suites.tuning import merge_into_table, time_configs
+from perf.tune import run, tune
 
 ROWS16 = SHIPPED["rows16"]
 
@@ -60,7 +61,7 @@ def test_the_fastest_config_enters_the_table(monkeypatch):
     def times(bench, problem, route, configs):
         return {name: Timing.exact(us_of[route][c.block_rows]) for name, c in configs.items()}
 
-    monkeypatch.setattr("perf.tune.time_configs", times)
+    monkeypatch.setattr("perf.suites.tuning.time_configs", times)
     monkeypatch.setattr("perf.tune.search_configs", lambda *_: [])
     entry = tune(rehearsal(), Case(TINY, 8), ("live", "replay"), 1)
     assert entry.key == ("none", LayerShape(8, 2, 64, 32), 8)
@@ -74,7 +75,7 @@ def test_a_config_that_fails_on_one_route_is_not_chosen(monkeypatch):
         kept = {name: c for name, c in configs.items() if (route, c.block_rows) != ("replay", 16)}
         return {name: Timing.exact(c.block_rows) for name, c in kept.items()}
 
-    monkeypatch.setattr("perf.tune.time_configs", times)
+    monkeypatch.setattr("perf.suites.tuning.time_configs", times)
     monkeypatch.setattr("perf.tune.search_configs", lambda *_: [])
     entry = tune(rehearsal(), Case(TINY, 8), ("live", "replay"), 1)
     assert entry.config.block_rows == 32
@@ -85,6 +86,7 @@ def test_measured_entries_reach_the_table(monkeypatch, tmp_path, capsys):
     entry = Tuned("NVIDIA H200", LayerShape(8, 2, 64, 32), 8, ROWS16, {"live": 5.0},
                   {"live": 9.0}, "2", "3", "abc", "2026-01-01")  # fmt: skip
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("perf.tune.tune", lambda *_: entry)
     path = tmp_path / "tuned.json"
     arguments = argparse.Namespace(

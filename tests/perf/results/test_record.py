@@ -3,7 +3,9 @@
 import pytest
 
 from perf.measuring.measure import Timing
+from perf.results import record
 from perf.results.record import COLUMNS, make_row, provenance, read, write
+from perf.sources import digest
 
 AGREED = (
     "suite,case,provider,T,mode,metric,unit,median,p20,p80,n,gpu,driver,torch,triton,commit,date"
@@ -49,3 +51,8 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no CSV file in"):
         read([tmp_path])
+
+
+def test_without_git_the_files_name_themselves(monkeypatch):
+    monkeypatch.setattr(record, "_output", lambda *command: "unknown")
+    assert record._commit() == f"sources-{digest()}"

@@ -54,7 +54,7 @@ def test_every_picture_is_drawn(tmp_path):
 
 def test_only_what_is_there_is_drawn(tmp_path):
     rows = [row for row in rows_of_all_suites() if row.suite == "makespan"]
-    assert [path.name for path in draw_all(rows, tmp_path)] == ["makespan.png", "tables.md"]
+    assert [path.name for path in draw_all(rows, tmp_path)] == ["tables.md", "makespan.png"]
 
 
 def test_tables_come_from_the_rows():

@@ -1,10 +1,13 @@
 """Running suites by name: files, skips, exit status."""
 
 import pytest
+import torch
 
 from perf.__main__ import main
+from perf.measuring.measure import Timing
+from perf.problems.cases import TINY, Case
 from perf.results import record
-from perf.suites.bench import Bench
+from perf.suites.bench import Bench, device_here
 from perf.suites.table import SUITES, Suite
 
 NEED_GPU = [name for name, suite in SUITES.items() if suite.needs_gpu]
@@ -40,6 +43,31 @@ def test_a_failure_of_ours_sets_the_exit_status(without_gpu, tmp_path, monkeypat
     monkeypatch.setitem(SUITES, "planner", Suite(fails, "", False))
     assert main(["run", "--suite", "planner", "--out", str(tmp_path)]) == 1
     assert "FAILED planner: case: wrong output" in capsys.readouterr().err
+
+
+def test_a_suite_that_breaks_keeps_its_rows_and_does_not_end_the_others(
+    without_gpu, tmp_path, monkeypatch, capsys
+):
+    def breaks(bench: Bench) -> None:
+        bench.add("planner", Case(TINY, 8), "ours", "counted", "figure", "n", Timing.exact(7.0))
+        raise RuntimeError("boom")
+
+    def counts(bench: Bench) -> None:
+        bench.add("host", Case(TINY, 8), "ours", "counted", "figure", "n", Timing.exact(8.0))
+
+    monkeypatch.setitem(SUITES, "planner", Suite(breaks, "", False))
+    monkeypatch.setitem(SUITES, "host", Suite(counts, "", False))
+    assert main(["run", "--suite", "planner", "host", "--out", str(tmp_path)]) == 1
+    assert "FAILED planner: RuntimeError: boom" in capsys.readouterr().err
+    assert [row.median for row in record.read([tmp_path / "planner.csv"])] == [7.0]
+    assert [row.median for row in record.read([tmp_path / "host.csv"])] == [8.0]
+
+
+def test_the_device_has_an_index_as_tensors_have_it(monkeypatch):
+    """Memory of launches is found by device, and cuda is not cuda:0."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert device_here() == torch.device("cuda", 1) != torch.device("cuda")
 
 
 @pytest.mark.parametrize("make", [None, "no zip file"], ids=["missing", "not a recording"])

@@ -1,16 +1,17 @@
 """The suites for the GPU, rehearsed on one tiny case: every path but the device's clock."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from perf.measuring.measure import Protocol, Timing
-from perf.problems.cases import FORWARD_TOKENS, TINY, Case
+from perf.problems.cases import TINY, Case
 from perf.problems.providers import OURS, PLAIN, Provider
 from perf.suites import layer
 from perf.suites.bench import Bench
-from perf.suites.layer import FIRST_TOKENS, add_peer_ratios, sweep, time_providers
+from perf.suites.layer import SIZES, add_peer_ratios, cases_of, time_providers
 
 CASE = Case(TINY, 16, "uniform")
 
@@ -88,9 +89,53 @@ def test_ratios_are_to_the_best_peer_and_only_where_the_router_is_in():
     assert [(row.provider, row.median) for row in bench.rows] == [("ours live", 0.5)]
 
 
-def test_the_sizes_that_matter_come_first():
-    assert set(FIRST_TOKENS) < set(FORWARD_TOKENS)
-    assert sweep(rehearsal(), (64, 8), "uniform") == [Case(TINY, 32, "uniform")]
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("suite", SIZES)
+def test_models_come_one_by_one_and_their_largest_call_first(suite, quick):
+    """A stream's memory then never grows, and a model's weights are made once."""
+    bench = Bench(torch.device("cuda", 0), quick=quick)
+    cases = cases_of(suite, bench)
+    models = [case.model.name for case in cases]
+    assert list(dict.fromkeys(models)) == [name for name, _ in itertools.groupby(models)]
+    for _, of_model in itertools.groupby(cases, lambda case: case.model.name):
+        tokens = [case.num_tokens for case in of_model]
+        assert tokens == sorted(tokens, reverse=True)
+    wanted = SIZES[suite].quick_counts if quick else SIZES[suite].counts
+    assert {case.num_tokens for case in cases} == set(wanted)
+    assert set(SIZES[suite].quick_counts) <= set(SIZES[suite].counts)
+
+
+def test_without_a_gpu_there_is_one_tiny_case():
+    assert cases_of("forward", rehearsal()) == [Case(TINY, 32, "uniform")]
+
+
+def test_a_peer_that_breaks_while_it_is_timed_is_a_failure_and_not_the_end():
+    calls = iter(range(100))
+
+    def prepare(problem):
+        good = PLAIN[0].prepare(problem)
+
+        def call():
+            if next(calls):
+                raise RuntimeError("illegal memory access")
+            return good()
+
+        return call
+
+    bench = rehearsal()
+    assert time_providers(bench, "forward", CASE, (Provider("peer", prepare),)) == {}
+    assert bench.failures == ["tiny/uniform T=16: RuntimeError: illegal memory access"]
+
+
+def test_what_is_about_to_happen_is_said():
+    said = []
+    bench = rehearsal()
+    bench.say = said.append
+    for case in bench.each([CASE]):
+        time_providers(bench, "forward", case, PLAIN)
+    names = ", ".join(provider.name for provider in PLAIN)
+    each = [provider.name for provider in PLAIN]
+    assert said == ["tiny/uniform T=16", *each, f"timing {names}"]
 
 
 @pytest.mark.gpu

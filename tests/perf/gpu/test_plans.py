@@ -1,0 +1,80 @@
+"""The tables of steps: within their time, and each leads to a function that is there."""
+
+from importlib import import_module
+from inspect import signature
+
+import pytest
+
+from perf.gpu.levers import LEVERS
+from perf.gpu.plans import FIRST_S, LADDER, PLANS, SECOND_S, TIMED, rehearsed
+from perf.gpu.steps import MOST_SILENT_S, Plan, Step
+from perf.gpu.testing import TEST_S
+from perf.problems.cases import SHAPES
+from perf.suites.table import SUITES
+
+STEPS = [step for plan in PLANS.values() for step in plan.steps]
+named = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_step_calls_a_function_with_its_arguments(step: Step) -> None:
+    module, _, name = step.call.partition(":")
+    function = getattr(import_module(module), name)
+    bound = signature(function).bind(None, *step.arguments)
+    assert next(iter(bound.arguments)) == "context"
+
+
+@named
+def test_names_are_unique_and_fit_a_folder(plan: Plan) -> None:
+    names = [step.name for step in plan.steps]
+    assert len(set(names)) == len(names)
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for name in
+               map(str.lower, names))  # fmt: skip
+
+
+def test_runs_are_as_long_as_was_agreed() -> None:
+    assert (PLANS["first"].seconds, PLANS["second"].seconds) == (FIRST_S, SECOND_S) == (220, 400)
+
+
+@named
+def test_nobody_waits_long_for_a_hung_kernel(plan: Plan) -> None:
+    """A rung has a hard limit; longer steps must talk, and only compiling may be silent longer."""
+    for step in plan.steps:
+        if step.interprets:
+            assert min(step.limit_s, step.silence_s) <= MOST_SILENT_S == 40
+    assert TEST_S < MOST_SILENT_S
+    assert all(step.limit_s <= MOST_SILENT_S for step in LADDER)
+
+
+def test_a_rung_that_breaks_ends_the_run_and_explanations_have_their_subject() -> None:
+    assert all(step.stops for step in LADDER)
+    names = {step.name for step in STEPS}
+    assert {step.explains for step in STEPS} - {""} <= names
+    order = [step.name for step in PLANS["first"].steps]
+    assert order.index("fences") == order.index("repeats-rows128") + 1
+
+
+def test_the_ladder_comes_before_any_time_is_taken() -> None:
+    order = [step.name for step in PLANS["first"].steps]
+    timed = [place for place, name in enumerate(order) if name.startswith("time")]
+    assert min(timed) > max(order.index(step.name) for step in LADDER)
+    assert len(timed) == len(TIMED) + 1
+
+
+def test_models_and_suites_exist() -> None:
+    arguments = [step.arguments[0] for step in STEPS if step.call.startswith("perf.gpu.suites")]
+    assert arguments and set(arguments) <= set(SUITES)
+    models = {
+        step.arguments[0] for step in STEPS if "levers" in step.call or "timing" in step.call
+    }
+    assert models and models <= set(SHAPES)
+    assert LEVERS
+
+
+@named
+def test_a_rehearsal_has_the_same_steps_and_more_patience(plan: Plan) -> None:
+    patient = rehearsed(plan)
+    assert [(one.name, one.call, one.arguments) for one in patient.steps] == [
+        (one.name, one.call, one.arguments) for one in plan.steps
+    ]
+    assert patient.seconds > plan.seconds
