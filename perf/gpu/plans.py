@@ -33,6 +33,7 @@ LADDER = (
     ladder("repeats-rows16", "repeats", "rows16", "64"),
     ladder("repeats-rows128", "repeats", "rows128", "4096"),
     ladder("fences", "fences", explains="repeats-rows128"),
+    replace(ladder("levers", "levers"), stops=False),
     ladder("stall", "stall"),
 )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -50,6 +51,11 @@ TRUE_TOKENS = 8
 REPEATS, REPEAT_SECONDS, BATCH = 1000, 24.0, 50
 FENCE_REPEATS, FENCE_SECONDS = 300, 8.0
 REHEARSED_REPEATS, REHEARSED_CASES = 2, 2
+# Knobs that are to leave the bits alone, turned away from the shipped config for tall tiles.
+NEUTRAL: dict[str, Any] = {
+    "blocks_per_task": 1, "look_ahead": False, "cache_hints": True, "column_groups": 4,
+    "half_tails": True,
+}  # fmt: skip
 
 
 def bounded(config: KernelConfig) -> KernelConfig:
@@ -251,6 +257,27 @@ def fences_set(fenced: bool) -> Iterator[None]:
 
     with patch.object(launch, "make_spec", make):
         yield
+
+
+def levers(context: Context) -> dict:
+    """The highest tile with each knob turned that is to leave the bits as they are.
+
+    Of ``half_tails`` only a GPU can say it: tensor cores would have to add up a row alike in
+    products of 64 rows by 128 columns and of 64 by 256.
+    """
+    inputs, config = layer(context, 4096), shipped("rows128")
+    expected = run_checked(replace(context, fault=""), inputs, config).y_TH
+    told = []
+    for name, value in NEUTRAL.items():
+        actual = run_checked(context, inputs, replace(config, **{name: value})).y_TH
+        try:
+            assert_same_bits(actual=actual, expected=expected)
+        except AssertionError as error:
+            told.append(f"{name}={value}: {error}")
+        context.say(f"{name}={value}: {told[-1] if told else 'equal bits'}")
+    if told:
+        fail("; ".join(told))
+    return {"text": f"equal bits with {', '.join(NEUTRAL)} turned"}
 
 
 def stall(context: Context) -> dict:

@@ -3,9 +3,11 @@
 from dataclasses import asdict, fields, replace
 
 import pytest
+import torch
 
 from megakernel import KernelConfig
 from megakernel.config import INTERPRETER, ROWS128
+from perf.gpu import levers
 from perf.gpu.levers import LEVERS, calls, turned
 from perf.gpu.recording import distinct
 
@@ -36,6 +38,20 @@ def test_a_lever_that_is_off_or_on_has_one_other_setting() -> None:
 
 
 def test_the_kernels_of_all_settings_are_compiled_ahead() -> None:
-    settings = {(call.rule.config.column_groups, call.rule.config.tile_group)
-                for call in distinct(calls())}  # fmt: skip
-    assert settings == {(2, 8), (1, 8), (4, 8), (2, 4), (2, 16)}
+    settings = {
+        replace(call.rule.config, num_workers=None, max_polls=None) for call in distinct(calls())
+    }
+    assert settings == set(turned(ROWS128).values())
+
+
+def test_only_configs_that_leave_the_bits_alone_may_enter_the_table(monkeypatch) -> None:
+    """One refuses to run, which whoever times it has to say."""
+    outputs = {2: torch.tensor([1.0, -0.0]), 1: torch.tensor([1.0, 0.0])}
+
+    def call(problem, route, config):
+        return lambda: outputs[config.column_groups].clone()
+
+    monkeypatch.setattr(levers, "configured_call", call)
+    configs = turned(ROWS128, {"column_groups": (1, 4), "tile_group": (4,)})
+    same = levers.configs_of_same_bits(None, configs)
+    assert list(same) == ["default", "column_groups=4", "tile_group=4"]
