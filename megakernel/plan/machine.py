@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from random import Random
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ class Machine:
         self.schedule = Schedule(spec, num_tokens, num_tiles, counted)
         self.tables_from = self.schedule.first_table_task
         self.table_wait = plain.table_wait_of(self.schedule.size, spec)
-        self.values = {"capacity": capacity, "seed": seed}
+        self.values: dict[str, Any] = {"capacity": capacity, "seed": seed}
         size = self.schedule.size._replace(**self.values)
         self.memory = Memory(arguments, self.schedule, size, wide)
         self.signals: Counter[int] = Counter()
