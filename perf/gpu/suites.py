@@ -13,18 +13,27 @@ from perf.gpu.timing import REHEARSED_ROUNDS
 from perf.measuring.measure import QUICK
 from perf.measuring.roofline import Roofs
 from perf.problems.cases import Case
-from perf.problems.providers import OURS, Provider
+from perf.problems.peers import PEERS
+from perf.problems.providers import OURS, PLAIN, Provider
 from perf.results import record
 from perf.suites.bench import Bench
 from perf.suites.command import run_suite
 from perf.suites.layer import QUICK_MODELS, SIZES, cases_of
 from perf.suites.timeline import ROUTES, timed_cases, timed_providers
 
+CERTAIN = tuple(provider.name for provider in (*OURS, *PLAIN))
 SHOWN = 6  # figures in the text
 
 
-def run_one(context: Context, name: str, budget_s: str) -> dict:
-    """Run one suite on the two models of a quick run, with every installed peer.
+def run_one(context: Context, name: str, budget_s: str, who: str = "") -> dict:
+    """Run one suite on the two models of a quick run.
+
+    Args:
+        context: of the step.
+        name: of the suite.
+        budget_s: seconds after which no new case starts.
+        who: "peers" for every installed layer of other people's beside ours; "" for ours and
+            plain PyTorch, whose figures no peer can then take along.
 
     Raises:
         AssertionError: if something of ours failed; its other figures are kept.
@@ -35,6 +44,9 @@ def run_one(context: Context, name: str, budget_s: str) -> dict:
         context.say(text)
         record.write(bench.rows, path)  # now: a hung peer would take them along
 
+    installed = [one.name for one in PEERS if not one.why_missing(context.device)]
+    if who and not installed:
+        return {"text": "no peer is installed"}
     roofs = context.read("roofs")
     bench = Bench(
         context.device,
@@ -42,6 +54,7 @@ def run_one(context: Context, name: str, budget_s: str) -> dict:
         protocol=REHEARSED_ROUNDS if context.rehearse else QUICK,
         deadline=time.monotonic() + float(budget_s),
         models=() if context.rehearse else QUICK_MODELS,
+        providers=(*CERTAIN, *installed) if who else CERTAIN,
         known_roofs=Roofs(**roofs) if roofs else None,
         say=say,
     )

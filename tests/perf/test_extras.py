@@ -72,6 +72,7 @@ def test_measuring_needs_no_bar(monkeypatch):
     assert list(bar) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
 def test_measuring_and_reading_results_need_nothing_of_the_extra(package, tmp_path):
     rows = tmp_path / "planner.csv"

@@ -71,6 +71,13 @@ def test_models_and_suites_exist() -> None:
     assert LEVERS
 
 
+def test_what_other_people_built_comes_last() -> None:
+    """A peer that hangs must not take our figures along, nor the time of our levers."""
+    order = [step.arguments[2:] for step in PLANS["second"].steps]
+    first = order.index(("peers",))
+    assert first > 0 and set(order[first:]) == {("peers",)}
+
+
 @named
 def test_a_rehearsal_has_the_same_steps_and_more_patience(plan: Plan) -> None:
     patient = rehearsed(plan)

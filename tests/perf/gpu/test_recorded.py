@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,32 +91,34 @@ from megakernel.config import ROWS16
 from tests.gpu.layers import make_layer
 from tests.helpers.inputs import run
 
-def test_first(device):
-    inputs = make_layer("OLMoE", 64, device)
-    assert float(run(inputs, config=replace(ROWS16, column_groups=4)).y_TH.sum()) == 5
-    {then}
-    assert run(inputs, config=replace(ROWS16, column_groups=2)) == 7
+def launch(device, groups):
+    return run(make_layer("OLMoE", 64, device), config=replace(ROWS16, column_groups=groups))
+
+def test_to_its_end(device):
+    assert float(launch(device, 4).y_TH.sum()) == 5
+    assert device is None
+    assert launch(device, 2) == 7
+
+def test_broken(device):
+    launch(device, 1)
+    raise OSError("x")
 """
 
 
-@pytest.mark.parametrize(
-    ("then", "error", "groups"),
-    [
-        pytest.param("assert inputs is None", None, ["4", "2"], id="its checks do not end it"),
-        pytest.param("raise OSError('x')", "OSError: x", ["4"], id="one that ends early is named"),
-    ],
-)
-def test_a_new_test_brings_its_kernels(
-    then: str, error: str | None, groups: list[str], record, tmp_path: Path
+def test_a_new_test_brings_its_kernels_and_one_that_breaks_is_named(
+    record: Callable[..., Recorded], tmp_path: Path
 ) -> None:
     path = tmp_path / "test_gpu_new.py"
-    path.write_text(NEW_TEST.format(then=then))
+    path.write_text(NEW_TEST)
     bodies, errors, kernels = record("tests", str(path))
-    assert bodies == 1 and list(errors.values()) == ([error] if error else [])
-    assert [re.search(r"groups(\d)", kernel)[1] for kernel in kernels] == groups
+    assert bodies == 2 and errors == {"test_broken 0": "OSError: x"}
+    groups = [kernel.partition(" groups")[2] for kernel in kernels]
+    assert groups == ["4", "2", "1"]
 
 
-def test_every_rung_of_the_ladder_was_heard_to_its_end(record) -> None:
+def test_every_rung_of_the_ladder_was_heard_to_its_end(
+    record: Callable[..., Recorded],
+) -> None:
     bodies, errors, kernels = record("ladder")
     assert errors == {}
     assert bodies == len([step for step in LADDER if not step.explains])
