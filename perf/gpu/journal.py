@@ -45,7 +45,7 @@ class Journal:
         shown = outcome.text.splitlines() or [""]
         head = f"[{self.seconds:5.1f} s] {outcome.verdict:7} {outcome.step}"
         self.say(f"{head}, {outcome.seconds:.1f} s: {shown[0]}")
-        for text in shown[1 : SHOWN_LINES if outcome.is_bad else 3]:
+        for text in shown[1:][-SHOWN_LINES:] if outcome.is_bad else shown[1:3]:
             self.say(f"    {text}")
 
     def say(self, text: str) -> None:
@@ -67,8 +67,7 @@ class Journal:
         word = "PASSED" if good else "FAILED" if bad or why_stopped else "INCOMPLETE"
         lines = [f"{word} {self.name}: {passed} steps passed in {self.seconds:.0f} s"]
         lines += [f"stopped: {why_stopped}"] * bool(why_stopped)
-        for outcome in bad:
-            lines.append(f"{outcome.verdict} {outcome.step}: {first_of(outcome.text)}")
+        lines += [f"{one.verdict} {one.step}: {first_of(one.text)}" for one in bad]
         lines += [f"skipped: {', '.join(skipped)}"] * bool(skipped)
         lines = [line[: 3 * LINE_LETTERS] for line in lines[: VERDICT_LINES - 2]]
         self.verdict_path.write_text("\n".join(lines) + "\n")
@@ -81,6 +80,5 @@ class Journal:
 
 
 def first_of(text: str) -> str:
-    """Return the first line of a text, the next beside it if that is short."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no word"]
-    return " | ".join(lines[:2])
+    """Return the first line of a text that says something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no word")

@@ -17,7 +17,7 @@ from perf.sources import ROOT
 LOOK_S = 0.05
 # A process that the driver holds may outlive its kill: nobody waits longer for it.
 MOST_DYING_S = 5.0
-TAIL_LINES, LINE_LETTERS = 25, 200
+TAIL_LINES, STACK_LINES, LINE_LETTERS = 15, 6, 200
 
 
 @dataclass(frozen=True)
@@ -141,21 +141,30 @@ class Child:
         """Say what became of the step, by its report, else by the end of its log."""
         name, path = self.step.name, self.folder / REPORT
         if too_long:
-            return Outcome(name, "hung", seconds, f"{too_long}\n{self.last_words()}")
+            return Outcome(name, "hung", seconds, f"{too_long}: {self.last_words()}")
         if not path.exists():
             status = self.process.returncode
-            return Outcome(name, "died", seconds, f"exit status {status}\n{self.last_words()}")
+            return Outcome(name, "died", seconds, f"exit status {status}: {self.last_words()}")
         report = json.loads(path.read_text())
         verdict = "passed" if report["ok"] else "failed"
         return Outcome(name, verdict, seconds, report["text"], report.get("details"))
 
     def last_words(self) -> str:
-        """Return what the step noted, and the end of its log."""
+        """Return the most telling line, then the end of the log, the stack, and the notes."""
         notes = self.folder / NOTES
-        return (notes.read_text() if notes.exists() else "") + tail(self.log)
+        noted = notes.read_text().splitlines() if notes.exists() else []
+        ends, stack = tail(self.log), stack_in(self.log)
+        telling = [*noted[-1:], *stack[:1], *ends[-1:], "no word"][0]
+        return "\n".join([telling, *ends, *stack, *noted])
 
 
-def tail(log: Path) -> str:
+def tail(log: Path) -> list[str]:
     """Return the last lines of a log, long ones cut."""
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "\n".join(line[:LINE_LETTERS] for line in lines)
+    return [line[:LINE_LETTERS] for line in lines]
+
+
+def stack_in(log: Path) -> list[str]:
+    """Return where the main thread was when its process was aborted, innermost call first."""
+    _, found, stack = log.read_text(errors="replace").rpartition("\nCurrent thread")
+    return [line.strip() for line in stack.splitlines()[1 : 1 + STACK_LINES]] if found else []

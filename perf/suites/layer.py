@@ -118,9 +118,12 @@ def time_providers(
     Returns:
         timing_of[mode, label of the provider].
     """
+    where = f"{case.name} T={case.num_tokens}"
     try:
         problem = make_problem(case, bench.device)
         ready = prepare(problem, bench.keep_providers(providers), bench.say)
+        bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]
+        bench.failures += [f"{where} {name}: {reason}" for name, reason in ready.failed.items()]
         not_captured = [provider.name for provider in providers if not provider.capturable]
         label_of = {provider.name: provider.label for provider in providers}
         timing_of = {
@@ -129,13 +132,8 @@ def time_providers(
             for name, timing in timings.items()
         }
     except Exception as error:  # one case must not end the suite
-        bench.failures.append(f"{case.name} T={case.num_tokens}: {type(error).__name__}: {error}")
+        bench.failures.append(f"{where}: {type(error).__name__}: {error}")
         return {}
-    bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]
-    bench.failures += [
-        f"{case.name} T={case.num_tokens} {name}: {reason}"
-        for name, reason in ready.failed.items()
-    ]
     load_E = torch.bincount(problem.expert_of_TK.flatten(), minlength=case.model.num_experts)
     work = useful_work(case.model, case.num_tokens, load_E.cpu().numpy())
     for (mode, name), timing in timing_of.items():

@@ -116,7 +116,7 @@ def test_the_alarm_ends_a_supervisor_that_waits_too_long(run, monkeypatch) -> No
     monkeypatch.setattr(running, "CLOSING_S", -60.0)  # its own count of time is wrong
     status, verdict, _ = run(step("a", "hangs_deaf", limit_s=300), seconds=5.0)
     assert status == 1 and verdict[1] == "stopped: time is up"
-    assert verdict[2].startswith("hung a: stopped: time is up | begun")
+    assert verdict[2].startswith("hung a: stopped: time is up: begun")
 
 
 def test_being_told_to_end_leaves_the_files(run) -> None:

@@ -122,9 +122,11 @@ def test_a_peer_that_breaks_while_it_is_timed_is_a_failure_and_not_the_end():
 
         return call
 
+    wrong = Provider("ours live", lambda problem: lambda: problem.x_TH * 2, is_ours=True)
     bench = rehearsal()
-    assert time_providers(bench, "forward", CASE, (Provider("peer", prepare),)) == {}
-    assert bench.failures == ["tiny/uniform T=16: RuntimeError: illegal memory access"]
+    assert time_providers(bench, "forward", CASE, (wrong, Provider("peer", prepare))) == {}
+    assert bench.failures[0].startswith("tiny/uniform T=16 ours live: wrong output")
+    assert bench.failures[1:] == ["tiny/uniform T=16: RuntimeError: illegal memory access"]
 
 
 def test_what_is_about_to_happen_is_said():
