@@ -22,7 +22,7 @@ SCHEDULE = Schedule(PLAIN_SPEC, num_tokens=40, num_tiles=8)
 @triton.jit
 def last_worker(control, schedule_id, num_tiles, C: tl.constexpr):
     """Leave, as the only worker of a launch of 40 tokens."""
-    size = sizes_of(40, num_tiles, 0, 0, C)
+    size = sizes_of(40, num_tiles, 0, 0, True, C)
     leave(control, 1, schedule_id, size, C)
 
 

@@ -55,6 +55,7 @@ def test_every_lever_is_moved_alone_in_every_shipped_config() -> None:
         for name, config in SHIPPED.items()
         for lever, values in LEVERS
         for value in values
+        if lever != "blocks_per_task" or config.blocks_per_task > 1  # their registers are full
     }
     assert moved == wanted - set(SHIPPED.items())
 

@@ -47,7 +47,8 @@ def test_nobody_waits_long_for_a_hung_kernel(plan: Plan) -> None:
 
 
 def test_a_rung_that_breaks_ends_the_run_and_explanations_have_their_subject() -> None:
-    assert all(step.stops for step in LADDER)
+    going_on = {step.name for step in LADDER if not step.stops}
+    assert going_on == {"levers"}  # what is shipped is right without them
     names = {step.name for step in STEPS}
     assert {step.explains for step in STEPS} - {""} <= names
     order = [step.name for step in PLANS["first"].steps]
@@ -65,7 +66,9 @@ def test_models_and_suites_exist() -> None:
     arguments = [step.arguments[0] for step in STEPS if step.call.startswith("perf.gpu.suites")]
     assert arguments and set(arguments) <= set(SUITES)
     models = {
-        step.arguments[0] for step in STEPS if "levers" in step.call or "timing" in step.call
+        step.arguments[0]
+        for step in STEPS
+        if step.call.startswith(("perf.gpu.levers", "perf.gpu.timing"))
     }
     assert models and models <= set(SHAPES)
     assert LEVERS
