@@ -22,6 +22,7 @@ from megakernel.plan.order import (
     wait_of,
 )
 from megakernel.plan.schedule import Schedule, Task, bound_tiles
+from megakernel.plan.spec import KernelSpec
 from tests.helpers.specs import PLAIN_SPEC
 
 
@@ -128,6 +129,50 @@ def test_tasks_before_the_row_tables_have_their_place_without_the_number_of_tile
     assert all(spec.SCATTER_DONE in counters for counters in asked[first:])
     needing = {spec.FFN1, spec.FFN2, spec.COMBINE}
     assert all(schedule.task(n).kind not in needing for n in range(first))
+
+
+@given(schedules(MAKING_ROWS), st.integers(0, 12))
+def test_before_the_row_tiles_are_counted_the_list_is_the_longest_there_can_be(schedule, more):
+    """Or a worker would leave while tasks are to come: wide tasks are fewer than narrow ones."""
+    room = replace(schedule, num_tiles=schedule.num_tiles + more, counted=False)
+    assert room.num_tasks >= schedule.num_tasks
+    first = schedule.first_table_task
+    assert first == room.first_table_task
+    assert [schedule.task(n) for n in range(first)] == [room.task(n) for n in range(first)]
+
+
+def wide_spec(route: str, least_tasks: int) -> KernelSpec:
+    """Return eight blocks of I, two groups of four of H, tasks of at most three."""
+    return replace(
+        PLAIN_SPEC, route=route, intermediate=8 * PLAIN_SPEC.block_i, column_groups=2,
+        hidden=8 * PLAIN_SPEC.block_h, blocks_per_task=3, least_tasks=least_tasks,
+    )  # fmt: skip
+
+
+def test_room_for_tiles_enough_for_wide_tasks_still_counts_narrow_ones():
+    """Nine tiles are too few for wide tasks, and have more of them than ten."""
+    spec = wide_spec("live", least_tasks=30)
+    nine, ten = (Schedule(spec, 40, tiles).num_tasks for tiles in (9, 10))
+    assert ten < nine <= Schedule(spec, 40, 10, counted=False).num_tasks
+
+
+@pytest.mark.parametrize(
+    ("least_tasks", "ffn1", "ffn2"),
+    [(1, [3, 3, 2], [[2, 2], [1, 1, 1, 1]]), (31, [1] * 8, [[1] * 4] * 2), (30, [3, 3, 2], None)],
+    ids=["several blocks", "too few tasks would be left", "just enough are left for FFN1"],
+)
+def test_tasks_take_several_blocks_where_enough_of_them_are_left(least_tasks, ffn1, ffn2):
+    """Ten tiles, eight blocks of I, two groups of four blocks of H; the last group ends evenly."""
+    spec = wide_spec("replay", least_tasks)
+    schedule = Schedule(spec, num_tokens=40, num_tiles=10)
+    sizes = {
+        kind: [len(blocks_of(task, schedule)) for task in schedule.tasks()
+               if (task.kind, task.tile) == (kind, 0)]
+        for kind in (spec.FFN1, spec.FFN2)
+    }  # fmt: skip
+    assert sizes[spec.FFN1] == ffn1
+    first, last = ffn2 or [[1] * 4] * 2  # 20 tasks of several blocks would be too few
+    assert sizes[spec.FFN2] == first + last
 
 
 @given(schedules(), st.integers(1, 9), st.randoms(use_true_random=False))
