@@ -9,6 +9,8 @@ from tests.helpers.race.events import ATOMIC, LOAD, STORE, Event, Names, RaceErr
 from tests.helpers.race.memory import Memory
 from tests.helpers.race.order import Order
 
+WORD_BYTES = 4
+
 
 @dataclass
 class Check:
@@ -19,7 +21,8 @@ class Check:
         events: what happened, in order.
         names: for people.
         findings: what is wrong.
-        dropped: addresses that may be read though nobody wrote there, what is found being dropped.
+        dropped: addresses of 32-bit words that may be read though nobody wrote there, for what is
+            found is dropped.
     """
 
     memory: Memory
@@ -68,7 +71,7 @@ class Check:
         """Reads and overwrites follow the latest write; nothing is read that nobody wrote."""
         latest = np.full(self.memory.num_units, -1, np.int32)
         unfilled = self.memory.unfilled()
-        unfilled[self.memory.units(self.dropped, self.memory.unit_bytes)] = False
+        unfilled[self.memory.units(self.dropped, WORD_BYTES)] = False
         for number, (event, units) in enumerate(self._with_units()):
             units = units[~self.is_counter[units]]
             earlier = latest[units]
