@@ -188,6 +188,7 @@ def test_the_config_for_float32_launches_no_more_workers_than_fit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 122 compilations
 def test_the_program_passes_for_all_models() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "megakernel.tools.compile_check", "--json"],

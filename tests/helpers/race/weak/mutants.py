@@ -50,8 +50,9 @@ ACCESSES = [
            "inside = row <", "inside = row <="),
     edited("an FFN1 block is skipped", f"h_CI.*{UNWRITTEN}", KERNEL, WORK,
            f"        if kind == C.FFN1:\n            block = max(block, 1)\n{WORK}"),
-    edited("a row tile's FFN2 is skipped", f"y_CH.*{UNWRITTEN}", KERNEL, "            ffn2_tile(",
-           "            if tile > 0:\n                ffn2_tile("),
+    edited("a row tile's FFN2 is skipped", f"y_CH.*{UNWRITTEN}", KERNEL,
+           "ffn2_tile(tile, block, content, down", "None if tile == 0 else "
+           "ffn2_tile(tile, block, content, down"),
     edited("the last combine tile is skipped", "nobody wrote .*y_TH", KERNEL,
            "            combine_tile(",
            "            if (tile + 1) * C.combine_tokens < num_tokens:\n"
