@@ -12,7 +12,6 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import sigmoid
 from megakernel.device.ffn import product, store_h, store_y
-from megakernel.plan.order import ffn2_end_of
 
 
 @triton.jit
@@ -38,18 +37,18 @@ def shared_ffn1_tile(tile, block, b, size, C: tl.constexpr):
 
 @triton.jit
 def shared_ffn2_tile(tile, block, b, size, C: tl.constexpr):
-    """Compute y for one row tile of the shared expert and its task's blocks of H.
+    """Compute y for one row tile of the shared expert and one block of H.
 
     Reads: h_CI, its down. Writes: y_CH.
     """
     W: tl.constexpr = C.shared_down
-    slice_index, _, inside = slice_of(tile, size, C)
-    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
-    h_start = b.scratch.h_CI + tile_row.to(tl.int64) * C.intermediate
-    for h_block in range(block, ffn2_end_of(block, size, C)):
-        first_row = h_block * C.block_h
+    first_row = block * C.block_h
+    if first_row < C.hidden:
+        slice_index, _, inside = slice_of(tile, size, C)
+        tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+        h_start = b.scratch.h_CI + tile_row.to(tl.int64) * C.intermediate
         acc = product(h_start, inside, b.shared.down_HJ, slice_index, first_row, W, C)
-        store_y(acc, tile, h_block, inside, b, W, C)
+        store_y(acc, tile, block, inside, b, W, C)
 
 
 @triton.jit

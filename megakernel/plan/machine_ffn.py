@@ -108,7 +108,7 @@ def shared_ffn1(m: Memory, tile: int, block: int) -> None:
 
 
 def shared_ffn2(m: Memory, tile: int, block: int) -> None:
-    """y of a slice for one row tile and its task's blocks of H."""
+    """y of a slice for one row tile and one block of H."""
     columns = h_columns_of(m, block)
     if columns.start == columns.stop:
         return

@@ -210,9 +210,14 @@ class KernelSpec(Protocol):
     # A row tile's tasks of several blocks, and the blocks of each but the last.
 
     @cached_property
+    def most_per_task(self) -> int:
+        """Blocks of a task; one beside a shared expert, whose loops leave no register for more."""
+        return 1 if self.num_slices else self.blocks_per_task
+
+    @cached_property
     def i_tasks(self) -> int:
         """FFN1 tasks."""
-        return triton.cdiv(self.i_blocks, self.blocks_per_task)
+        return triton.cdiv(self.i_blocks, self.most_per_task)
 
     @cached_property
     def i_per_task(self) -> int:
@@ -222,7 +227,7 @@ class KernelSpec(Protocol):
     @cached_property
     def h_tasks(self) -> int:
         """FFN2 tasks of a column group."""
-        return triton.cdiv(self.group_blocks, self.blocks_per_task)
+        return triton.cdiv(self.group_blocks, self.most_per_task)
 
     @cached_property
     def h_per_task(self) -> int:

@@ -156,6 +156,12 @@ def test_room_for_tiles_enough_for_wide_tasks_still_counts_narrow_ones():
     assert ten < nine <= Schedule(spec, 40, 10, counted=False).num_tasks
 
 
+def test_beside_a_shared_expert_tasks_stay_narrow():
+    spec = replace(wide_spec("replay", least_tasks=1), shared_width=16)
+    tasks = list(Schedule(spec, num_tokens=40, num_tiles=10).tasks())
+    assert sum(task.kind == spec.FFN1 for task in tasks) == 8 * (10 - 3)
+
+
 @pytest.mark.parametrize(
     ("least_tasks", "ffn1", "ffn2"),
     [(1, [3, 3, 2], [[2, 2], [1, 1, 1, 1]]), (31, [1] * 8, [[1] * 4] * 2), (30, [3, 3, 2], None)],

@@ -167,8 +167,6 @@ LAUNCHES = [
            config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 3}),
     Launch("wide-replay", "such tasks of a replay, one column group", "replay", widths=(80, 48),
            config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 1}),
-    Launch("wide-shared", "such tasks, shared ones among them", shared_width=80, widths=(80, 48),
-           config={"blocks_per_task": 2, "least_tasks": 1, "column_groups": 2}),
     Launch("half-tails", "row tiles that are half empty", config={"half_tails": True}),
     Launch("no-look-ahead", "claims and row tables after the waits", config={"look_ahead": False}),
     Launch("timed", "a launch that writes times", config={"record_times": True}),
