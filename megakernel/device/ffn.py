@@ -84,7 +84,7 @@ def ffn1_tile(
         assignment = tl.load(place, mask=inside, other=0)
     x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
     # Flattened, the next block's first loads are under way while this one's sums are stored.
-    FLAT: tl.constexpr = C.i_per_task > 1
+    FLAT: tl.constexpr = C.flattened and C.i_per_task > 1
     for i_block in tl.range(block, ffn1_end_of(block, size, C), flatten=FLAT):
         first_row = i_block * W.block
         acc = product(x_start, inside, weight, expert, first_row, W, C)
@@ -105,7 +105,7 @@ def ffn2_tile(
     row = tl.arange(0, W.tile_rows)
     inside = row < filled
     h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
-    FLAT: tl.constexpr = C.h_per_task > 1
+    FLAT: tl.constexpr = C.flattened and C.h_per_task > 1
     for h_block in tl.range(block, ffn2_end_of(block, size, C), flatten=FLAT):
         first_row = h_block * W.block
         acc = product(h_start, inside, weight, expert, first_row, W, C)

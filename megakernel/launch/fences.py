@@ -36,10 +36,19 @@ def needs_fences(version: str) -> bool:
     Raises:
         ValueError: it does not start with a major and a minor number.
     """
+    return numbers_of(version) < FIRST_FENCED
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """Return the three numbers that a version starts with, the last 0 where it has two.
+
+    Raises:
+        ValueError: it does not start with a major and a minor number.
+    """
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     if numbers is None:
         raise ValueError(f"version must start with two numbers, as 3.7.1 does, got {version!r}")
-    return tuple(int(number or 0) for number in numbers.groups()) < FIRST_FENCED
+    return tuple(int(number or 0) for number in numbers.groups())
 
 
 def find_unfenced(ptx: str) -> list[int]:
