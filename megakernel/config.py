@@ -45,7 +45,7 @@ class KernelConfig:
         least_tasks: a task takes one block where FFN1, or FFN2 of a column group, would be left
             with fewer tasks, and in FFN2's last group: idle workers would cost more.
         look_ahead: whether a worker claims its next task before it signals the one it has done,
-            and reads what it can before it waits.
+            and reads what it can before it waits (the latter not beside a shared expert).
         fast_sigmoid: whether silu, and the sigmoid of gelu_tanh and clamped_swiglu, take the GPU's
             approximate tanh where tokens are bfloat16: off by at most 2^-12 of what it
             multiplies, an eighth of that rounding.

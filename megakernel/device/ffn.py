@@ -78,7 +78,7 @@ def ffn1_tile(
     row = tl.arange(0, W.tile_rows)
     inside = row < filled
     place = b.rows.assignment_of_C + (tile - size.shared_tiles) * C.block_rows + row
-    if C.look_ahead:  # rows that hold nothing have a place too: no need to know first which do
+    if C.reads_ahead:  # rows that hold nothing have a place too: no need to know first which do
         assignment = tl.where(inside, tl.load(place), 0)
     else:
         assignment = tl.load(place, mask=inside, other=0)

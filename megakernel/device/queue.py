@@ -123,14 +123,14 @@ def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
     NUMBERS: tl.constexpr = C.num_waits
     kind, tile, block = task_of(tl.where(task < num_tasks, task, 0), size, C)
     kind = tl.where(task < num_tasks, kind, -1)
-    if C.look_ahead:
+    if C.reads_ahead:
         content = content_of(kind, tile, b, size, C)
     for number in tl.static_range(NUMBERS):
         counter, least = wait_of(number, kind, tile, block, size, C)
         if least > 0:  # noqa: SIM102  (one may be known when compiling)
             if not wait(b.control, counter, least, task, size.num_tiles, max_polls, C):
                 kind = -1
-    if not C.look_ahead:
+    if not C.reads_ahead:
         content = content_of(kind, tile, b, size, C)
     return kind, tile, block, content
 

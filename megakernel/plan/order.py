@@ -52,22 +52,38 @@ def ffn1_tasks_of(size, C: tl.constexpr):
 @triton.jit
 def ffn2_tasks_of(group, size, C: tl.constexpr):
     """Return the FFN2 tasks of a row tile in a column group; the last group ends evenly."""
-    wide = size.wide_ffn2 & (group < C.num_column_groups - 1)
-    return tl.where(wide, C.h_tasks, C.group_blocks)
+    return tl.where(is_wide(group, size, C), C.h_tasks, C.group_blocks)
+
+
+@triton.jit
+def is_wide(group, size, C: tl.constexpr):
+    """Whether FFN2 tasks of a column group take several blocks: never in the last one."""
+    return size.wide_ffn2 & (group < C.num_column_groups - 1)
+
+
+@triton.jit
+def ffn1_blocks_of(size, C: tl.constexpr):
+    """Return how many blocks of I an FFN1 task takes, the last of a row tile maybe fewer."""
+    return tl.where(size.wide_ffn1, C.i_per_task, 1)
+
+
+@triton.jit
+def ffn2_blocks_of(group, size, C: tl.constexpr):
+    """Return how many blocks of H an FFN2 task takes, the last of a row tile maybe fewer."""
+    return tl.where(is_wide(group, size, C), C.h_per_task, 1)
 
 
 @triton.jit
 def ffn1_end_of(block, size, C: tl.constexpr):
     """Return the block of I past those of an FFN1 task."""
-    return min(block + tl.where(size.wide_ffn1, C.i_per_task, 1), C.i_blocks)
+    return min(block + ffn1_blocks_of(size, C), C.i_blocks)
 
 
 @triton.jit
 def ffn2_end_of(block, size, C: tl.constexpr):
     """Return the block of H past those of an FFN2 task: at most ``block``, if all lie past H."""
     group = block // C.group_blocks
-    wide = size.wide_ffn2 & (group < C.num_column_groups - 1)
-    end = min(block + tl.where(wide, C.h_per_task, 1), (group + 1) * C.group_blocks)
+    end = min(block + ffn2_blocks_of(group, size, C), (group + 1) * C.group_blocks)
     return min(end, C.h_blocks)
 
 
@@ -186,9 +202,8 @@ def tail_of(index, size, C: tl.constexpr):
 def ffn2_of(group, index, size, C: tl.constexpr):
     """Return (kind, row tile, first H block) of a column group's FFN2 task."""
     kind = C.FFN2
-    num_tasks = ffn2_tasks_of(group, size, C)
-    tile, part = tile_of(index, size.num_tiles, num_tasks, C.tile_group)
-    block = part * tl.where(num_tasks < C.group_blocks, C.h_per_task, 1)
+    tile, part = tile_of(index, size.num_tiles, ffn2_tasks_of(group, size, C), C.tile_group)
+    block = part * ffn2_blocks_of(group, size, C)
     if C.num_slices > 0:  # noqa: SIM102  (known when compiling; the next is not)
         if tile < size.shared_tiles:
             kind = C.SHARED_FFN2
@@ -209,7 +224,7 @@ def task_of(task, size, C: tl.constexpr):
     elif kind == C.FFN1:
         first = size.shared_tiles
         tile, part = tile_of(tile, size.num_tiles - first, ffn1_tasks_of(size, C), C.tile_group)
-        block = part * tl.where(size.wide_ffn1, C.i_per_task, 1)
+        block = part * ffn1_blocks_of(size, C)
         tile += first
     elif C.has_shared and kind == C.SHARED_FFN1:
         tile, block = tile_of(tile, size.shared_tiles, C.i_blocks, C.tile_group)

@@ -128,6 +128,11 @@ class KernelSpec(Protocol):
         return self.fast_sigmoid and not self.interpreted
 
     @cached_property
+    def reads_ahead(self) -> bool:
+        """Whether tables are read before a wait: a shared expert's loops leave no registers."""
+        return self.look_ahead and not self.num_slices
+
+    @cached_property
     def has_route(self) -> bool:
         """Whether the list chooses, checks or weighs."""
         return self.ROUTE in self.held
