@@ -11,10 +11,10 @@ from megakernel.checks.calls import (
     check_routing_tensors,
     check_size,
 )
+from megakernel.autograd import run
 from megakernel.config import KernelConfig, usual_rows
 from megakernel.experts import Experts
 from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
-from megakernel.launch.op import launcher
 from megakernel.launch.tuned import at_height, default_config
 from megakernel.placement import Placement, as_kept
 from megakernel.replay import Replay, check_routing, sort_into_rows
@@ -30,6 +30,7 @@ def moe(
     replay: Replay | None = None,
     placement: Placement | None = None,
     config: KernelConfig | None = None,
+    save: str = "preactivations",
 ) -> MoEOutput:
     """Run router, dispatch, expert FFN and combine as one launch.
 
@@ -69,12 +70,12 @@ def moe(
         check_replay(replay, placement, experts, shape_TK, x_TH)
         replay, placement = replay.of_height(config.block_rows), None
     out = make_output(x_TH, shape_TK, experts.num_experts, replay)
-    if shape_TK[0]:
-        check_size(shape_TK, placement, experts, config)
-        rows = None if replay is None else (replay.rows, replay.num_tiles)
-        layer = x_TH, router_weight_EH, router, experts
-        launcher()(routed_call(*layer, out, slots_of(placement), rows, config))
-    return out
+    check_size(shape_TK, placement, experts, config)
+    rows = None if replay is None else (replay.rows, replay.num_tiles)
+    layer = x_TH, router_weight_EH, router, experts
+    call = routed_call(*layer, out, slots_of(placement), rows, config)
+    y_TH, gate_TK, logits_TE = run(call, save, replay)
+    return out._replace(y_TH=y_TH, gate_TK=gate_TK, logits_TE=logits_TE)
 
 
 def moe_routed(
@@ -85,6 +86,7 @@ def moe_routed(
     *,
     placement: Placement | None = None,
     config: KernelConfig | None = None,
+    save: str = "preactivations",
 ) -> Tensor:
     """Run dispatch, expert FFN and combine as one launch; the routing is given.
 
@@ -110,12 +112,10 @@ def moe_routed(
     shape_TK = (x_TH.shape[0], expert_of_TK.shape[1])
     check_placement(placement, experts, shape_TK, x_TH)
     config = choose_config(config, shape_TK, experts, x_TH, None)
-    y_TH = torch.empty_like(x_TH)
-    if shape_TK[0]:
-        check_size(shape_TK, placement, experts, config)
-        places = slots_of(placement)
-        launcher()(given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config))
-    return y_TH
+    check_size(shape_TK, placement, experts, config)
+    y_TH, places = torch.empty_like(x_TH), slots_of(placement)
+    call = given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config)
+    return run(call, save, None).y_TH
 
 
 def prepare_replay(

@@ -45,6 +45,7 @@ class Replay:
     placement: Placement | None
     is_fixed: bool
     other_heights: dict[int, "Replay"] = field(default_factory=dict, repr=False)
+    without_placement: list["Replay"] = field(default_factory=list, repr=False)
 
     def of_height(self, block_rows: int) -> "Replay":
         """Return the replay for a tile height; builds tables (and synchronises) once per height.
@@ -64,6 +65,18 @@ class Replay:
                 self.expert_of_TK, self.num_experts, self.placement, block_rows, is_fixed=True
             )
         return self.other_heights[block_rows]
+
+    def by_expert(self) -> "Replay":
+        """Return the replay whose slots are experts, as the backward has it; built once."""
+        if self.placement is None:
+            return self
+        if not self.without_placement:
+            self.without_placement.append(
+                sort_into_rows(
+                    self.expert_of_TK, self.num_experts, None, self.block_rows, is_fixed=True
+                )
+            )
+        return self.without_placement[0]
 
 
 @torch.inference_mode(False)  # tables are kept for later calls, of whatever mode
@@ -97,6 +110,8 @@ def sort_into_rows(
     tables = (row_A.view(ids_TK.shape), assignment_of_C, expert_of_tile, rows_of_tile)
     rows = Rows(*(table.int() for table in tables))
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
+    if placement is None:
+        rows = rows._replace(first_row_of_E=(tile_start_P * block_rows).int(), rows_of_E=load_E)
     return Replay(ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed)
 
 

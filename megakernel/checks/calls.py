@@ -1,7 +1,5 @@
 """What a call is refused for, before any launch: argument, rule, value."""
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 from triton._utils import TRITON_MAX_TENSOR_NUMEL
@@ -36,16 +34,6 @@ def check_call(x_TH: Tensor, experts: Experts) -> None:
             f"x_TH must have the experts' width H={experts.down_EHI.shape[1]}, got {x_TH.shape[1]}"
         )
     check_like("x_TH", x_TH, "down_EHI", experts.down_EHI)
-    check_no_grad("x_TH", x_TH)
-    for name in ("gate_up_E2IH", "down_EHI", "gate_up_bias_E2I", "down_bias_EH"):
-        tensor = getattr(experts, name)
-        if tensor is not None:
-            check_no_grad(name, tensor)
-    if experts.shared is not None:
-        for field in fields(experts.shared):
-            tensor = getattr(experts.shared, field.name)
-            if tensor is not None:
-                check_no_grad(field.name, tensor)
 
 
 def check_runnable(name: str, tensor: Tensor) -> None:
@@ -116,13 +104,13 @@ def check_router(
     if router_EH.dtype != torch.float32:
         check_like("router_weight_EH", router_EH, "x_TH", x_TH)
     check_device("router_weight_EH", router_EH, x_TH)
-    check_no_grad("router_weight_EH", router_EH)
     for name in ("bias_E", "correction_bias_E"):
         bias_E = getattr(router, name)
         if bias_E is not None:
             check_shape(name, bias_E, (num_experts,))
             check_device(name, bias_E, x_TH)
-            check_no_grad(name, bias_E)
+    if router.correction_bias_E is not None:
+        check_no_grad("correction_bias_E", router.correction_bias_E)
     if num_experts % router.num_groups:
         raise ValueError(f"num_groups must divide E={num_experts}, got {router.num_groups}")
     num_choosable = num_experts // router.num_groups * router.top_groups
@@ -143,7 +131,6 @@ def check_routing_tensors(
 ) -> None:
     """Check type, shape and place of a given routing, but not its values."""
     check_tensor("gate_TK", gate_TK, 2)
-    check_no_grad("gate_TK", gate_TK)
     if expert_of_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert_of_TK must be int32 or int64, got {expert_of_TK.dtype}")
     if expert_of_TK.ndim != 2 or not 1 <= expert_of_TK.shape[1] <= experts.num_experts:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,10 +33,19 @@ def check_float(name: str, tensor: Tensor, ndim: int) -> None:
 
 
 def check_no_grad(name: str, tensor: Tensor) -> None:
-    """Raise on a tensor that autograd would have to follow."""
+    """Raise on a tensor that autograd would have to follow where there is nothing to follow."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} must not require grad: there is no backward yet; call under torch.no_grad()"
+            f"{name} must not require grad, since it gets no gradient here; call under "
+            "torch.no_grad(), or detach it"
+        )
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Raise on a tensor with a tangent: the layer has no forward-mode derivative."""
+    if unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name} must have no tangent: forward-mode derivatives are not computed, only backward"
         )
 
 

@@ -90,14 +90,22 @@ def gated(gate, up, C: tl.constexpr):
 
 
 @triton.jit
-def activated(acc, W: tl.constexpr, C: tl.constexpr):
-    """Turn the sums of gate and up, or of up alone, into h, [tile_rows of W, block_i]."""
+def halves_of(acc, W: tl.constexpr, C: tl.constexpr):
+    """Return gate and up, [tile_rows of W, block_i] each, of their sums; twice up without gate."""
     if not C.expert.has_gate:
-        h = activate(acc, C)
+        gate, up = acc, acc
     elif W.stacked == 1:  # gate and up take turns
         gate, up = tl.split(acc.reshape(W.interleaved_halves))
-        h = gated(gate, up, C)
     else:
         gate, up = tl.split(tl.permute(acc.reshape(W.stacked_halves), (0, 2, 1)))
+    return gate, up
+
+
+@triton.jit
+def activated(gate, up, C: tl.constexpr):
+    """Return h from gate and up, or from up alone."""
+    if C.expert.has_gate:  # noqa: SIM108  (known when compiling)
         h = gated(gate, up, C)
+    else:
+        h = activate(up, C)
     return h

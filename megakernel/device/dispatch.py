@@ -174,6 +174,15 @@ def store_load(b, C: tl.constexpr):
 
 
 @triton.jit
+def store_rows_of_experts(num_rows, tile_start, b, C: tl.constexpr):
+    """Write where each expert's rows start and how many there are, where slots are experts."""
+    expert = tl.arange(0, C.slots_pad)
+    inside = expert < C.num_experts
+    tl.store(b.rows.first_row_of_E + expert, tile_start * C.block_rows, mask=inside)
+    tl.store(b.rows.rows_of_E + expert, num_rows, mask=inside)
+
+
+@triton.jit
 def drop(routing, assignment, dropped):
     """Report choices over capacity: id -1 and weight 0."""
     tl.debug_barrier()  # other threads may still have to read these ids
@@ -199,6 +208,8 @@ def scatter_tile(tile, b, size, C: tl.constexpr):
         tl.store(b.scratch.num_tiles_1, size.shared_tiles + num_tiles)
         if b.routing.load_E is not None:
             store_load(b, C)
+        if b.rows.rows_of_E is not None:
+            store_rows_of_experts(num_rows, tile_start, b, C)
     own_start = b.scratch.tile_start_GP + tile.to(tl.int64) * C.slots_pad
     tl.store(own_start + tl.arange(0, C.slots_pad), tile_start)
     tl.debug_barrier()  # gathered below by other threads

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from megakernel.device.arithmetic import activated, dot, rounded
+from megakernel.device.arithmetic import activated, dot, halves_of, rounded
 from megakernel.device.weights import load_bias, load_weight
 from megakernel.plan.order import ffn1_end_of, ffn2_end_of
 
@@ -36,6 +36,14 @@ def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl
         weight, expert, first_row: see load_weight.
     """
     acc = tl.full(W.acc_tile, 0.0, tl.float32)
+    return add_product(acc, row_start, inside, weight, expert, first_row, W, C)
+
+
+@triton.jit
+def add_product(
+    acc, row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Return acc + rows · weightᵀ; see :func:`product`."""
     for column in tl.range(0, W.width, C.step, num_stages=C.num_stages):
         rows = load_rows(row_start, inside, column, W.width, C)
         # One product for gate and up: a wider B makes better use of shared memory bandwidth.
@@ -44,12 +52,39 @@ def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl
 
 
 @triton.jit
-def store_h(acc, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr):
+def store_halves(z, row, inside, block, gate, up, W: tl.constexpr, C: tl.constexpr):
+    """Store gate and up of one block of I, or up alone, in the order of gate_up's rows.
+
+    Args:
+        z: [.., rows of an expert's gate_up].
+        row: which of its rows.
+        inside: which of them exist.
+        block: of I.
+        gate, up: [rows, block_i] float32.
+        W: rule of gate_up.
+    """
+    WIDTH: tl.constexpr = W.stacked * W.height
+    column = block * W.block + tl.arange(0, W.block)
+    inside = inside[:, None] & (column < W.height)[None, :]
+    place = z + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    DTYPE: tl.constexpr = z.dtype.element_ty
+    if W.stacked == 2:
+        tl.store(place, rounded(gate, DTYPE, C), mask=inside)
+        tl.store(place + W.height, rounded(up, DTYPE, C), mask=inside)
+    elif C.expert.has_gate:  # they take turns
+        both = tl.join(rounded(gate, DTYPE, C), rounded(up, DTYPE, C)).reshape(W.acc_tile)
+        tl.store(place, both, mask=inside)
+    else:
+        tl.store(place, rounded(up, DTYPE, C), mask=inside)
+
+
+@triton.jit
+def store_h(gate, up, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr):
     """Activate the sums of FFN1 and store them as one block of columns of h_CI."""
     h_CI = b.scratch.h_CI
     tile_row = tile * C.block_rows + tl.arange(0, W.tile_rows)
     column = block * C.block_i + tl.arange(0, C.block_i)
-    h = rounded(activated(acc, W, C), h_CI.dtype.element_ty, C)
+    h = rounded(activated(gate, up, C), h_CI.dtype.element_ty, C)
     store_rows(h_CI, tile_row, inside, column, C.intermediate, h, "")
 
 
@@ -72,7 +107,7 @@ def ffn1_tile(
     """Compute h = activation(x · gateᵀ) * (x · upᵀ) for one row tile and its task's blocks of I.
 
     Reads: x_TH rows gathered through assignment_of_C, gate_up, its bias. Writes: h_CI, as many
-    rows of the tile as W says.
+    rows of the tile as W says; z_A2I where a backward will want it, and in a backward that alone.
     """
     expert, filled = content
     row = tl.arange(0, W.tile_rows)
@@ -90,7 +125,11 @@ def ffn1_tile(
         acc = product(x_start, inside, weight, expert, first_row, W, C)
         if b.experts.gate_up_bias_E2I is not None:
             acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
-        store_h(acc, tile, i_block, inside, b, W, C)
+        gate, up = halves_of(acc, W, C)
+        if b.saved.z_A2I is not None:
+            store_halves(b.saved.z_A2I, assignment, inside, i_block, gate, up, W, C)
+        if not C.is_backward:
+            store_h(gate, up, tile, i_block, inside, b, W, C)
 
 
 @triton.jit

@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from megakernel.plan.order import count_counters, signal_of, table_wait_of, task_of, wait_of
+from megakernel.plan.order import (
+    count_counters,
+    signal_of,
+    table_wait_of,
+    takes_rows,
+    task_of,
+    wait_of,
+)
 
 _NEVER = tl.constexpr(1 << 30)
 
@@ -103,13 +110,13 @@ def count_made_tiles(task, b, size, max_polls, C: tl.constexpr):
 
 @triton.jit
 def content_of(kind, tile, b, size, C: tl.constexpr):
-    """Return (expert, filled rows) of the row tile that an FFN1 or FFN2 task is for."""
+    """Return (expert, filled rows) of the row tile that a task is for."""
     expert, filled = 0, 0
     if C.has_ffn:
         routed_tile = tile - size.shared_tiles
-        is_ffn = (kind == C.FFN1) | (kind == C.FFN2)
-        expert = tl.load(b.rows.expert_of_tile + routed_tile, mask=is_ffn, other=0)
-        filled = tl.load(b.rows.rows_of_tile + routed_tile, mask=is_ffn, other=0)
+        takes = takes_rows(kind, C)
+        expert = tl.load(b.rows.expert_of_tile + routed_tile, mask=takes, other=0)
+        filled = tl.load(b.rows.rows_of_tile + routed_tile, mask=takes, other=0)
     return expert, filled
 
 
@@ -138,9 +145,11 @@ def ready_task(task, num_tasks, b, size, max_polls, C: tl.constexpr):
 @triton.jit
 def signal_task(kind, tile, block, b, C: tl.constexpr):
     """Say that a task is done, if any other waits for it."""
-    counter = signal_of(kind, tile, block, C)
-    if counter >= 0:
-        signal(b.control, counter, C)
+    NUMBERS: tl.constexpr = C.num_signals
+    for number in tl.static_range(NUMBERS):
+        counter = signal_of(number, kind, tile, block, C)
+        if counter >= 0:
+            signal(b.control, counter, C)
 
 
 @triton.jit
@@ -157,7 +166,8 @@ def leave(control, num_workers, schedule_id, size, C: tl.constexpr):
         error = tl.load(control.error + word)
         # A worker that gave up has no row tiles; whoever said so first knew of all there can be.
         stalled_tiles = tl.sum(tl.where(word == C.STALL_AT + 5, error, 0), 0)
-        num_counters = count_counters(size, C) + max(stalled_tiles - size.num_tiles, 0)
+        more_tiles = max(stalled_tiles - size.num_tiles, 0)
+        num_counters = count_counters(size, C) + C.counters_per_tile * more_tiles
         for start in range(0, num_counters, 128):
             counter = start + tl.arange(0, 128)
             tl.store(control.counters + counter * C.COUNTER_STRIDE, 0, mask=counter < num_counters)

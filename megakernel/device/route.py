@@ -189,6 +189,8 @@ def route_tokens(token, b, size, C: tl.constexpr):
     else:
         gate = weigh(b.routing.logits_TE, token, size.num_tokens, ids, C)
         if C.route == "live":
+            if b.saved.chosen_TK is not None:
+                tl.store(b.saved.chosen_TK + place, ids, mask=inside)
             if C.router.random_second:
                 ids = drop_random_second(ids, gate, token, size.seed, C)
                 gate = tl.where(ids >= 0, gate, 0.0)
@@ -205,7 +207,7 @@ def route_tile(tile, b, size, C: tl.constexpr):
     expert_of_TK, gate_TK, rank_TK and one row of base_GB, as far as the route leaves them open;
     the shared expert's weights.
     """
-    if b.shared.token_gate_1H is not None:
+    if b.shared.token_gate_1H is not None and not C.is_backward:
         store_token_gate(tile, b, size, C)
     if C.route != "given":
         store_logits(tile, b, size, C)

@@ -10,8 +10,8 @@ the loops' shared memory side by side instead of over one another, and one worke
 import triton
 import triton.language as tl
 
-from megakernel.device.arithmetic import sigmoid
-from megakernel.device.ffn import product, store_h, store_y
+from megakernel.device.arithmetic import halves_of, sigmoid
+from megakernel.device.ffn import product, store_h, store_halves, store_y
 
 
 @triton.jit
@@ -26,13 +26,19 @@ def slice_of(tile, size, C: tl.constexpr):
 def shared_ffn1_tile(tile, block, b, size, C: tl.constexpr):
     """Compute h for one row tile of the shared expert and one block of a slice.
 
-    Reads: x_TH, its gate and up. Writes: h_CI; zero in columns past J.
+    Reads: x_TH, its gate and up. Writes: h_CI; zero in columns past J; shared_z_S2I where a
+    backward will want it, and in a backward that alone.
     """
     W: tl.constexpr = C.shared_gate_up
     slice_index, token, inside = slice_of(tile, size, C)
     x_start = b.x_TH + token.to(tl.int64) * C.hidden
     acc = product(x_start, inside, b.shared, slice_index, block * C.block_i, W, C)
-    store_h(acc, tile, block, inside, b, W, C)
+    gate, up = halves_of(acc, W, C)
+    if b.saved.shared_z_S2I is not None:
+        row = slice_index * size.num_tokens + token
+        store_halves(b.saved.shared_z_S2I, row, inside, block, gate, up, W, C)
+    if not C.is_backward:
+        store_h(gate, up, tile, block, inside, b, W, C)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """One call of the layer: its tensors by owner, its rules and its integers; checked before."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from megakernel.config import KernelConfig
 from megakernel.formats import Dense
 from megakernel.launch.fences import needs_fences, numbers_of
+from megakernel.plan.backward_spec import BackwardSpec
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.order import INTERPRETED
-from megakernel.plan.rules import ExpertRule, RouterRule, WeightRule
+from megakernel.plan.rules import ExpertRule, GradientRule, RouterRule, WeightRule
 from megakernel.plan.spec import KernelSpec
 
 # Fields of a config that the compiler must know, which a spec has under the same names.
@@ -53,6 +54,7 @@ class Call:
         rule: what the call is.
         num_tiles: row tiles of a replay, without those of the shared expert; 0 otherwise.
         capacity, seed: of the router, 0 where it has none.
+        is_added: whether gradients of expert weights are added to what is there.
     """
 
     buffers: Buffers
@@ -60,6 +62,7 @@ class Call:
     num_tiles: int = 0
     capacity: int = 0
     seed: int = 0
+    is_added: int = 0
 
     @property
     def tokens(self) -> Tensor:
@@ -128,6 +131,28 @@ def make_spec(call: Call) -> KernelSpec:
         gate_up.rule(expert.stacked, block, config.block_rows),
         down.rule(1, config.block_h, config.block_rows),
         config.fast_sigmoid and call.tokens.dtype == torch.bfloat16,
+        asked_of(b) if rule.stages == "backward" else None,
+    )
+
+
+def asked_of(b: Buffers) -> GradientRule:
+    """Return which gradients a backward call has places for, and what it works from."""
+    places = b.gradients
+    return GradientRule(
+        x=places.x_TH is not None,
+        router=places.router_weight_EH is not None,
+        router_bias=places.router_bias_E is not None,
+        gate_up=places.gate_up_E2IH is not None,
+        down=places.down_EHI is not None,
+        gate_up_bias=places.gate_up_bias_E2I is not None,
+        down_bias=places.down_bias_EH is not None,
+        gates=places.gate_TK is not None,
+        shared_gate_up=places.shared_up_JH is not None,
+        shared_down=places.shared_down_HJ is not None,
+        token_gate=places.token_gate_1H is not None,
+        weighs=b.router.weight_EH is not None,
+        token_gated=b.shared.token_gate_1H is not None,
+        recomputes=b.saved.z_A2I is None,
     )
 
 
@@ -138,9 +163,11 @@ def _make_spec(
     gate_up: WeightRule | None,
     down: WeightRule | None,
     fast_sigmoid: bool = False,
+    asked: GradientRule | None = None,
 ) -> KernelSpec:
     compiled = {name: getattr(rule.config, name) for name in COMPILED_FIELDS}
-    return KernelSpec(
+    kind = KernelSpec if asked is None else partial(BackwardSpec, gradients=asked)
+    return kind(
         stages=rule.stages,
         route=rule.route,
         split=rule.split,

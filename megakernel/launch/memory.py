@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megakernel.plan.buffers import Rows, Scratch
+from megakernel.plan.buffers import Rows, Saved, Scratch
 from megakernel.plan.schedule import Schedule
 from megakernel.plan.scratch import Shape
 
@@ -22,6 +22,7 @@ class Memory:
         schedule: what is launched.
         scratch: what tasks hand to later ones.
         rows: the row tables; all None where they come with the call.
+        saved: what a backward makes again, if the forward did not keep it.
         times: None unless the launch is timed.
     """
 
@@ -29,6 +30,7 @@ class Memory:
     schedule: Schedule
     scratch: Scratch
     rows: Rows
+    saved: Saved
     times: Tensor | None
 
 
@@ -63,4 +65,5 @@ def make_memory(
     views = make_views(arena, shapes)
     scratch = Scratch(**{name: views.get(name) for name in Scratch._fields})
     rows = Rows(**{name: views.get(name) for name in Rows._fields})
-    return Memory(schedule_id, schedule, scratch, rows, views.get("times"))
+    saved = Saved(**{name: views.get(name) for name in ("z_A2I", "shared_z_S2I")})
+    return Memory(schedule_id, schedule, scratch, rows, saved, views.get("times"))

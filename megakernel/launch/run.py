@@ -7,6 +7,7 @@ import triton
 
 from megakernel.checks.values import check_distinct_ids, check_slots
 from megakernel.config import KernelConfig
+from megakernel.device.backward_kernel import backward_kernel
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import Call, make_spec
 from megakernel.launch.descriptors import as_operand
@@ -14,11 +15,13 @@ from megakernel.launch.fences import fence_compilations
 from megakernel.launch.memory import Memory
 from megakernel.launch.streams import TURN, is_capturing
 from megakernel.launch.workspace import Workspace, workspace_for
+from megakernel.plan.backward_spec import BackwardSpec
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.schedule import count_row_tiles
 from megakernel.plan.spec import KernelSpec
 
-fence_compilations(moe_kernel, triton.__version__)
+for _kernel in (moe_kernel, backward_kernel):
+    fence_compilations(_kernel, triton.__version__)
 
 
 def launch(call: Call) -> None:
@@ -44,8 +47,9 @@ def launch(call: Call) -> None:
         spec = make_spec(call)
         arguments = kernel_arguments(call, spec, workspace)
         workers, polls = resolve_workers(config, device), resolve_polls(config, device)
+        kernel = backward_kernel if spec.is_backward else moe_kernel
         try:
-            moe_kernel[(workers,)](*arguments, workers, polls, C=spec, num_warps=config.num_warps)
+            kernel[(workers,)](*arguments, workers, polls, C=spec, num_warps=config.num_warps)
         except BaseException:
             # An interrupted launch, by Ctrl-C too, leaves counters that would stall the next one,
             # and half a timeline.
@@ -71,7 +75,8 @@ def kernel_arguments(call: Call, spec: KernelSpec, workspace: Workspace) -> tupl
     num_tiles = count_row_tiles(spec, num_tokens, None if spec.makes_rows else call.num_tiles)
     memory = workspace.memory_for(spec, num_tokens, num_tiles, dtype)
     buffers = complete(call.buffers, spec, workspace, memory)
-    integers = (num_tokens, num_tiles, call.capacity, call.seed, memory.schedule_id)
+    own = (int(call.is_added),) if spec.is_backward else (call.capacity, call.seed)
+    integers = (num_tokens, num_tiles, *own, memory.schedule_id)
     return (buffers, *weights_of(call.buffers, spec), *integers)
 
 
@@ -80,6 +85,11 @@ def weights_of(b: Buffers, spec: KernelSpec) -> tuple:
     gate_up_E2IH, down_EHI, *_ = b.experts
     if spec.gate_up is None or spec.down is None or gate_up_E2IH is None or down_EHI is None:
         return None, None
+    if isinstance(spec, BackwardSpec):  # products go back through them
+        return (
+            as_operand(gate_up_E2IH.mT, spec.dx_rule, spec.step),
+            as_operand(down_EHI.mT, spec.dh_rule, spec.step),
+        )
     return (
         as_operand(gate_up_E2IH, spec.gate_up, spec.step),
         as_operand(down_EHI, spec.down, spec.step),
@@ -91,14 +101,26 @@ def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory)
     scratch = memory.scratch
     if b.scratch.y_CH is not None:  # rows that are asked for, or given
         scratch = scratch._replace(y_CH=b.scratch.y_CH)
-    experts = b.experts
-    if not spec.tail_rows:  # then all tasks read the weights that go beside
+    experts, saved = b.experts, b.saved
+    if saved.sigmoid_T is not None and not spec.is_backward:
+        scratch = scratch._replace(sigmoid_T=saved.sigmoid_T)
+    if isinstance(spec, BackwardSpec):
+        experts = experts._replace(down_EHI=None)
+        if spec.recomputes:
+            saved = saved._replace(
+                z_A2I=memory.saved.z_A2I, shared_z_S2I=memory.saved.shared_z_S2I
+            )
+        else:
+            experts = experts._replace(gate_up_E2IH=None)
+    elif not spec.tail_rows:  # then all tasks read the weights that go beside
         experts = experts._replace(gate_up_E2IH=None, down_EHI=None)
     control = workspace.control
     if spec.timed:
         control = control._replace(times=memory.times)
     rows = memory.rows if spec.makes_rows else b.rows
-    return b._replace(experts=experts, rows=rows, scratch=scratch, control=control)
+    return b._replace(
+        experts=experts, rows=rows, scratch=scratch, saved=saved, control=control
+    )
 
 
 def resolve_workers(config: KernelConfig, device: torch.device) -> int:

@@ -77,12 +77,57 @@ class Rows(NamedTuple):
     assignment_of_C: Tensor | None = None  # int32, defined for filled rows
     expert_of_tile: Tensor | None = None  # int32
     rows_of_tile: Tensor | None = None  # int32, filled rows, at least 1
+    first_row_of_E: Tensor | None = None  # int32, of a backward launch, whose slots are experts
+    rows_of_E: Tensor | None = None  # int32, filled rows of an expert; so too
+
+
+class Saved(NamedTuple):
+    """What a forward launch keeps for the backward, beside its arguments and results.
+
+    One row per choice, not per row of the tables: no padding is kept, and nothing depends on where
+    experts lie. Without a gate the width is I.
+    """
+
+    z_A2I: Tensor | None = None  # what the activation is applied to, in the order of gate_up
+    shared_z_S2I: Tensor | None = None  # of the shared expert, row slice · T + token
+    sigmoid_T: Tensor | None = None  # fp32, the shared expert's weight
+    chosen_TK: Tensor | None = None  # int32, ids before any was dropped; None if none can be
+
+
+class Incoming(NamedTuple):
+    """Gradients of the layer's results, as the backward gets them."""
+
+    dy_TH: Tensor | None = None
+    dgate_TK: Tensor | None = None  # fp32; None for zero
+    dlogits_TE: Tensor | None = None  # fp32; None for zero
+
+
+class Gradients(NamedTuple):
+    """Gradients that a backward launch writes; None for what is not asked for.
+
+    Each has shape and strides of what it is the gradient of, and its dtype, but for expert weights
+    whose gradient is kept in float32.
+    """
+
+    x_TH: Tensor | None = None
+    router_weight_EH: Tensor | None = None
+    router_bias_E: Tensor | None = None
+    gate_up_E2IH: Tensor | None = None
+    down_EHI: Tensor | None = None
+    gate_up_bias_E2I: Tensor | None = None
+    down_bias_EH: Tensor | None = None
+    gate_TK: Tensor | None = None
+    shared_gate_JH: Tensor | None = None
+    shared_up_JH: Tensor | None = None
+    shared_down_HJ: Tensor | None = None
+    token_gate_1H: Tensor | None = None
 
 
 class Scratch(NamedTuple):
     """What tasks hand to later tasks of the same launch.
 
-    The shared expert's rows come first in ``h_CI`` and ``y_CH``; rows of the tables follow.
+    The shared expert's rows come first where rows are those of row tiles; rows of the tables
+    follow.
     """
 
     h_CI: Tensor | None = None  # after the activation
@@ -93,6 +138,13 @@ class Scratch(NamedTuple):
     rank_TK: Tensor | None = None  # int32, rank in its bin within the token tile, -1 if skipped
     tile_start_GP: Tensor | None = None  # int32, a scatter task's copy of slots' first tiles
     num_tiles_1: Tensor | None = None  # int32, row tiles of the launch, shared ones among them
+    # Of a backward launch.
+    dz_C2I: Tensor | None = None  # gradient of z, in the order of gate_up
+    a_CI: Tensor | None = None  # after the activation, weighted
+    dx_CH: Tensor | None = None  # each row's gradient of its token
+    ds_CB: Tensor | None = None  # fp32, each I block's part of a row's gradient of its weight
+    dlogits_TE: Tensor | None = None  # fp32
+    dtoken_T: Tensor | None = None  # fp32, gradient of token_gate · x
 
 
 class Control(NamedTuple):
@@ -117,6 +169,9 @@ class Buffers(NamedTuple):
     scratch: Scratch = Scratch()
     control: Control | None = None
     y_TH: Tensor | None = None
+    saved: Saved = Saved()
+    incoming: Incoming = Incoming()
+    gradients: Gradients = Gradients()
 
 
 class Sizes(NamedTuple):

@@ -14,6 +14,7 @@ combine             COMBINE; with FFN2 in one list the two are interleaved, whic
 ==================  ==============================================================================
 """
 
+from megakernel.plan.buffers import Gradients, Saved
 from megakernel.plan.protocol import Protocol
 
 DISPATCH = (Protocol.ROUTE, Protocol.PREFIX, Protocol.SCATTER)
@@ -43,11 +44,14 @@ def held_kinds(segments: tuple[int, ...]) -> frozenset[int]:
 
 def outputs_of(stages: str, route: str) -> set[str]:
     """Return the dotted names of the arguments that a launch writes, where it has them."""
+    if stages == "backward":
+        return {f"gradients.{name}" for name in Gradients._fields}
     if stages == "rows":
         return {"scratch.y_CH"}
     written = {"y_TH"}
     if stages == "layer":
         written |= {"routing.logits_TE", "routing.load_E"}
+        written |= {f"saved.{name}" for name in Saved._fields}
         if route != "given":
             written.add("routing.gate_TK")
         if route == "live":

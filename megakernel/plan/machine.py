@@ -160,8 +160,7 @@ class Machine:
         self.memory.begin(task_id, seen)
         TASKS[task.kind](self.memory, task.tile, task.block)
         self.finished.append(task_id)
-        signalled = known.signal(task)
-        if signalled is not None:
+        for signalled in known.signals(task):
             self.signals[signalled] += 1
             self.came_before[signalled] |= seen | 1 << task_id
         return True

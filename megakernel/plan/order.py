@@ -22,6 +22,14 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from megakernel.plan import backward_order
+from megakernel.plan.backward_order import (
+    backward_signal_of,
+    backward_task_of,
+    backward_wait_of,
+    count_backward,
+    tile_of,
+)
 from megakernel.plan.buffers import Sizes
 
 
@@ -90,13 +98,15 @@ def ffn2_end_of(block, size, C: tl.constexpr):
 @triton.jit
 def count_counters(size, C: tl.constexpr):
     """Return how many counters the launch uses."""
-    return C.first_tile_counter + size.num_tiles
+    return C.first_tile_counter + C.counters_per_tile * size.num_tiles
 
 
 @triton.jit
 def count_of(SEGMENT: tl.constexpr, size, C: tl.constexpr):
     """Return how many tasks a segment has."""
-    if SEGMENT == C.PREFIX:
+    if C.is_backward:
+        num_tasks = count_backward(SEGMENT, size, C)
+    elif SEGMENT == C.PREFIX:
         num_tasks = C.prefix_blocks
     elif (SEGMENT == C.ROUTE) | (SEGMENT == C.SCATTER):
         num_tasks = size.token_tiles
@@ -159,16 +169,6 @@ def phase_of(task, size, C: tl.constexpr):
 
 
 @triton.jit
-def tile_of(index, num_tiles, num_tasks, tile_group):
-    """Return (row tile, which of its tasks): ``tile_group`` tiles pass before the next weights."""
-    per_group = tile_group * num_tasks
-    first_tile = index // per_group * tile_group
-    height = min(num_tiles - first_tile, tile_group)
-    within = index % per_group
-    return first_tile + within % height, within // height
-
-
-@triton.jit
 def tail_of(index, size, C: tl.constexpr):
     """Return (is_combine, column group, index within that group's FFN2 or combine tasks)."""
     last = C.num_column_groups - 1
@@ -215,7 +215,9 @@ def task_of(task, size, C: tl.constexpr):
     """Return (kind, tile, block) of a task id; what tile and block count is in protocol.KINDS."""
     kind, tile = phase_of(task, size, C)
     block = 0
-    if C.has_tail and kind >= C.TAIL:
+    if C.is_backward:
+        kind, tile, block = backward_task_of(kind, tile, size, C)
+    elif C.has_tail and kind >= C.TAIL:
         is_combine, group, index = tail_of(tile, size, C)
         if is_combine:
             kind, tile, block = C.COMBINE, index, group
@@ -258,7 +260,9 @@ def wait_of(NUMBER: tl.constexpr, kind, tile, block, size, C: tl.constexpr):
     late = (kind >= C.COMBINE) & C.weighs_late
     counter = C.ROUTE_DONE
     least = tl.where(late, token_tiles, 0)
-    if NUMBER == 0:
+    if C.is_backward:
+        counter, least = backward_wait_of(NUMBER, kind, tile, size, C)
+    elif NUMBER == 0:
         is_ffn2 = (kind == C.FFN2) | ((kind == C.SHARED_FFN2) & C.has_shared)
         counter = tl.where(kind == C.SCATTER, C.PREFIX_DONE, C.ROUTE_DONE)
         counter = tl.where(is_ffn2, C.first_tile_counter + tile, counter)
@@ -273,15 +277,30 @@ def wait_of(NUMBER: tl.constexpr, kind, tile, block, size, C: tl.constexpr):
 
 
 @triton.jit
-def signal_of(kind, tile, block, C: tl.constexpr):
-    """Return the counter a finished task adds one to, or -1."""
-    is_ffn1 = (kind == C.FFN1) | ((kind == C.SHARED_FFN1) & C.has_shared)
-    is_ffn2 = (kind == C.FFN2) | ((kind == C.SHARED_FFN2) & C.has_shared)
-    counter = tl.where(kind == C.ROUTE, C.ROUTE_DONE, -1)
-    counter = tl.where(kind == C.PREFIX, C.PREFIX_DONE, counter)
-    counter = tl.where(kind == C.SCATTER, C.SCATTER_DONE, counter)
-    counter = tl.where(is_ffn1, C.first_tile_counter + tile, counter)
-    return tl.where(is_ffn2, C.FIRST_COLUMN_GROUP + block // C.group_blocks, counter)
+def signal_of(NUMBER: tl.constexpr, kind, tile, block, C: tl.constexpr):
+    """Return the first or second counter that a finished task adds one to, or -1."""
+    if C.is_backward:
+        counter = backward_signal_of(NUMBER, kind, tile, C)
+    else:
+        is_ffn1 = (kind == C.FFN1) | ((kind == C.SHARED_FFN1) & C.has_shared)
+        is_ffn2 = (kind == C.FFN2) | ((kind == C.SHARED_FFN2) & C.has_shared)
+        counter = tl.where(kind == C.ROUTE, C.ROUTE_DONE, -1)
+        counter = tl.where(kind == C.PREFIX, C.PREFIX_DONE, counter)
+        counter = tl.where(kind == C.SCATTER, C.SCATTER_DONE, counter)
+        counter = tl.where(is_ffn1, C.first_tile_counter + tile, counter)
+        counter = tl.where(is_ffn2, C.FIRST_COLUMN_GROUP + block // C.group_blocks, counter)
+    return counter
+
+
+@triton.jit
+def takes_rows(kind, C: tl.constexpr):
+    """Whether a task is for a row tile of the tables and needs to know what it holds."""
+    takes = kind == C.FFN1
+    if C.is_backward:
+        takes = takes | (kind == C.DH) | (kind == C.DX)
+    else:
+        takes = takes | (kind == C.FFN2)
+    return takes
 
 
 def _where(condition: bool, chosen: int, other: int) -> int:
@@ -303,7 +322,7 @@ def as_python(jitted: dict[str, JITFunction | InterpretedFunction]) -> SimpleNam
 plain = as_python(
     {
         name: value
-        for name, value in dict(globals()).items()
+        for name, value in (vars(backward_order) | globals()).items()
         if isinstance(value, JITFunction | InterpretedFunction)
     }
 )

@@ -12,6 +12,19 @@ KINDS = (
     ("shared FFN2", "row tile {tile}, H block {block}"),
     ("FFN2", "row tile {tile}, H block {block}"),
     ("combine", "token tile {tile}, column group {block}"),
+    ("shared dH", "row tile {tile}, I block {block}"),
+    ("dH", "row tile {tile}, I block {block}"),
+    ("shared dX", "row tile {tile}, H block {block}"),
+    ("dX", "row tile {tile}, H block {block}"),
+    ("dS", "token tile {tile}"),
+    ("dx", "token tile {tile}, column group {block}"),
+    ("dRouter", "block of experts {tile}, column block {block}"),
+    ("dGateUp", "expert {tile}, output tile {block}"),
+    ("dDown", "expert {tile}, output tile {block}"),
+    ("shared dGateUp", "matrix of a slice {tile}, output tile {block}"),
+    ("shared dDown", "slice {tile}, output tile {block}"),
+    ("dBias", "expert {tile}, column block {block}"),
+    ("dTokenGate", "H block {tile}"),
 )
 NAMES = tuple(name for name, _ in KINDS)
 
@@ -19,7 +32,7 @@ NAMES = tuple(name for name, _ in KINDS)
 class Protocol:
     """Constants of every launch; device code reads them through its spec."""
 
-    # Kinds of task, indices into KINDS. TAIL is FFN2 and combine interleaved, and no kind of task.
+    # Kinds of task, indices into KINDS.
     ROUTE: ClassVar[int] = 0
     PREFIX: ClassVar[int] = 1
     SCATTER: ClassVar[int] = 2
@@ -28,7 +41,23 @@ class Protocol:
     SHARED_FFN2: ClassVar[int] = 5
     FFN2: ClassVar[int] = 6
     COMBINE: ClassVar[int] = 7
-    TAIL: ClassVar[int] = 8
+    SHARED_DH: ClassVar[int] = 8
+    DH: ClassVar[int] = 9
+    SHARED_DX: ClassVar[int] = 10
+    DX: ClassVar[int] = 11
+    DS: ClassVar[int] = 12
+    DX_SUM: ClassVar[int] = 13
+    DROUTER: ClassVar[int] = 14
+    DGATE_UP: ClassVar[int] = 15
+    DDOWN: ClassVar[int] = 16
+    SHARED_DGATE_UP: ClassVar[int] = 17
+    SHARED_DDOWN: ClassVar[int] = 18
+    DBIAS: ClassVar[int] = 19
+    DTOKEN_GATE: ClassVar[int] = 20
+
+    # Segments that are no kind of task: two kinds interleaved.
+    TAIL: ClassVar[int] = 30  # FFN2 and combine
+    MIXED: ClassVar[int] = 31  # dDown and dx
 
     # Counters, in the order they lie in memory; column groups and row tiles follow.
     CLAIM: ClassVar[int] = 0
@@ -36,7 +65,11 @@ class Protocol:
     ROUTE_DONE: ClassVar[int] = 2
     PREFIX_DONE: ClassVar[int] = 3
     SCATTER_DONE: ClassVar[int] = 4
-    FIRST_COLUMN_GROUP: ClassVar[int] = 5
+    FIRST_COLUMN_GROUP: ClassVar[int] = 5  # of a forward list
+    DH_DONE: ClassVar[int] = 5  # of a backward list
+    DX_DONE: ClassVar[int] = 6
+    DS_DONE: ClassVar[int] = 7
+    AFTER_DS_DONE: ClassVar[int] = 8
     COUNTER_STRIDE: ClassVar[int] = 32  # int32 words: 128 bytes, so no two counters share a line
 
     # Words of the error buffer. A stall is (1, task, counter, value seen, value awaited, row

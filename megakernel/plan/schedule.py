@@ -92,9 +92,15 @@ class Schedule:
         return [(counter, least) for counter, least in asked if least > 0]
 
     def signal(self, task: Task) -> int | None:
-        """Return the counter a finished task adds one to."""
-        counter = plain.signal_of(task.kind, task.tile, task.block, self.spec)
-        return None if counter < 0 else counter
+        """Return the first of :meth:`signals`, the only one of a forward list."""
+        return next(iter(self.signals(task)), None)
+
+    def signals(self, task: Task) -> list[int]:
+        """Return the counters that a finished task adds one to."""
+        numbers = range(self.spec.num_signals)
+        place = task.kind, task.tile, task.block
+        counters = [plain.signal_of(number, *place, self.spec) for number in numbers]
+        return [counter for counter in counters if counter >= 0]
 
     def describe_task(self, task_id: int) -> str:
         """Name a task for an error message."""
@@ -106,7 +112,11 @@ class Schedule:
         """Name a counter for an error message."""
         spec = self.spec
         if counter >= spec.first_tile_counter:
-            return f"counter {counter} (FFN1 of row tile {counter - spec.first_tile_counter})"
+            tile, kind = divmod(counter - spec.first_tile_counter, spec.counters_per_tile)
+            return f"counter {counter} ({('FFN1', 'dH')[kind]} of row tile {tile})"
+        if spec.is_backward and counter >= spec.DH_DONE:
+            name = ("dH tasks", "dX tasks", "dS tasks")[counter - spec.DH_DONE]
+            return f"counter {counter} ({name})"
         if counter >= spec.FIRST_COLUMN_GROUP:
             group = counter - spec.FIRST_COLUMN_GROUP
             return f"counter {counter} (FFN2 of column group {group})"

@@ -2,6 +2,7 @@
 
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import triton
 
@@ -85,6 +86,10 @@ class KernelSpec(Protocol):
         return hash(astuple(self))
 
     # The task list.
+
+    is_backward: ClassVar[bool] = False
+    num_signals: ClassVar[int] = 1  # counters that a task of the list adds to at most
+    counters_per_tile: ClassVar[int] = 1
 
     @cached_property
     def segments(self) -> tuple[int, ...]:

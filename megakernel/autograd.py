@@ -1,0 +1,195 @@
+"""The layer under autograd: one launch forward, one launch backward.
+
+The forward keeps its arguments, its results and what :class:`Saved` says; no tensor of a launch's
+own memory. The backward is asked only for what autograd asks for.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megakernel.launch.call import Call, CallRule
+from megakernel.launch.op import launcher
+from megakernel.plan.buffers import (
+    Buffers,
+    Gradients,
+    Incoming,
+    Rows,
+    Saved,
+    Slots,
+    flatten,
+    unflatten,
+)
+from megakernel.replay import Replay
+
+SAVES = ("preactivations", "nothing")
+
+# What can have a gradient, by dotted name, and where a backward launch puts it.
+DIFFERENTIABLE = {
+    "x_TH": "x_TH",
+    "router.weight_EH": "router_weight_EH",
+    "router.bias_E": "router_bias_E",
+    "experts.gate_up_E2IH": "gate_up_E2IH",
+    "experts.down_EHI": "down_EHI",
+    "experts.gate_up_bias_E2I": "gate_up_bias_E2I",
+    "experts.down_bias_EH": "down_bias_EH",
+    "routing.gate_TK": "gate_TK",
+    "shared.gate_JH": "shared_gate_JH",
+    "shared.up_JH": "shared_up_JH",
+    "shared.down_HJ": "shared_down_HJ",
+    "shared.token_gate_1H": "token_gate_1H",
+}
+
+
+class Results(NamedTuple):
+    """What of a call's results has a gradient; weights and logits only where they are made."""
+
+    y_TH: Tensor
+    gate_TK: Tensor | None = None
+    logits_TE: Tensor | None = None
+
+
+def run(call: Call, save: str, replay: Replay | None) -> Results:
+    """Launch a layer, so that autograd can go back through it if anything asks for that.
+
+    Args:
+        call: of stages "layer", checked.
+        save: "preactivations" or "nothing".
+        replay: the one that the call has, if any.
+
+    Raises:
+        ValueError: for another ``save``.
+    """
+    if save not in SAVES:
+        raise ValueError(f"save must be one of {SAVES}, got {save!r}")
+    inputs = differentiable_of(call)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
+        call = with_saved(call, save)
+        by_expert = None if replay is None else replay.by_expert()
+        return Results(*Layer.apply(call, by_expert, tuple(inputs), *inputs.values()))
+    if call.tokens.shape[0]:
+        launcher()(call)
+    return results_of(call)
+
+
+def differentiable_of(call: Call) -> dict[str, Tensor]:
+    """Return the inputs that can have a gradient, by dotted name."""
+    tensors = flatten(call.buffers)
+    made = () if call.rule.route == "given" else ("routing.gate_TK",)
+    return {n: tensors[n] for n in DIFFERENTIABLE if n in tensors and n not in made}
+
+
+def results_of(call: Call) -> Results:
+    """Return the call's results that can have a gradient."""
+    b = call.buffers
+    assert b.y_TH is not None
+    if call.rule.route == "given":
+        return Results(b.y_TH)
+    return Results(b.y_TH, b.routing.gate_TK, b.routing.logits_TE)
+
+
+def with_saved(call: Call, save: str) -> Call:
+    """Give a call places for what the backward will want."""
+    b, rule = call.buffers, call.rule
+    assert b.experts.gate_up_E2IH is not None and b.experts.down_EHI is not None
+    new = call.tokens.new_empty
+    num_tokens = call.tokens.shape[0]
+    _, width, _ = b.experts.gate_up_E2IH.shape
+    ids_TK = b.routing.expert_of_TK
+    assert ids_TK is not None
+    saved = Saved()
+    if save == "preactivations":
+        saved = saved._replace(z_A2I=new(ids_TK.numel(), width))
+        if b.shared.up_JH is not None:
+            slices = -(-len(b.shared.up_JH) // b.experts.down_EHI.shape[2])
+            saved = saved._replace(shared_z_S2I=new(slices * num_tokens, width))
+    if b.shared.token_gate_1H is not None:
+        saved = saved._replace(sigmoid_T=new(num_tokens, dtype=torch.float32))
+    if rule.route == "live" and (rule.router.capped or rule.router.random_second):
+        saved = saved._replace(chosen_TK=torch.empty_like(ids_TK))
+    return replace(call, buffers=b._replace(saved=saved))
+
+
+def kept_of(b: Buffers) -> Buffers:
+    """Return what of a forward's tensors the backward works from."""
+    routing = b.routing._replace(slot_of_TK=None, load_E=None)
+    return b._replace(routing=routing, slots=Slots(), rows=Rows(), y_TH=None)
+
+
+class Layer(torch.autograd.Function):
+    """One call of the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, by_expert: Replay | None, names: tuple[str, ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Launch; ``inputs`` are the tensors of ``call`` that ``names`` say."""
+        if call.tokens.shape[0]:
+            launcher()(call)
+        kept = flatten(kept_of(call.buffers))
+        ctx.save_for_backward(*kept.values())
+        ctx.kept, ctx.names, ctx.rule, ctx.by_expert = tuple(kept), names, call.rule, by_expert
+        ctx.set_materialize_grads(False)
+        return tuple(result for result in results_of(call) if result is not None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Launch the backward for what is asked for."""
+        buffers = unflatten(dict(zip(ctx.kept, ctx.saved_tensors, strict=True)))
+        wanted = [n for n, needed in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needed]
+        call = backward_call(buffers, ctx.rule, ctx.by_expert, wanted, incoming)
+        if call.tokens.shape[0]:
+            launcher()(call)
+        places = call.buffers.gradients._asdict()
+        return None, None, None, *(
+            places[DIFFERENTIABLE[name]] if name in wanted else None for name in ctx.names
+        )
+
+
+def backward_call(
+    b: Buffers,
+    rule: CallRule,
+    by_expert: Replay | None,
+    wanted: list[str],
+    incoming: tuple[Tensor | None, ...],
+) -> Call:
+    """Collect the backward of a call.
+
+    Args:
+        b: what the forward kept.
+        rule: of the forward.
+        by_expert: row tables in token order; None to make them.
+        wanted: dotted names of the tensors whose gradient is asked for.
+        incoming: gradients of the results, None for zero.
+    """
+    tensors = flatten(b)
+    assert b.x_TH is not None
+    dy_TH, dgate_TK, dlogits_TE = (*incoming, None, None)[:3]
+    dy_TH = torch.zeros_like(b.x_TH) if dy_TH is None else dy_TH.contiguous()
+    make = torch.empty_like if len(b.x_TH) else torch.zeros_like
+    places = Gradients(**{DIFFERENTIABLE[name]: make(tensors[name]) for name in wanted})
+    rows, num_tiles = (Rows(), 0) if by_expert is None else (by_expert.rows, by_expert.num_tiles)
+    return Call(
+        b._replace(
+            rows=rows,
+            incoming=Incoming(dy_TH, contiguous(dgate_TK), contiguous(dlogits_TE)),
+            gradients=places,
+        ),
+        replace(
+            rule,
+            stages="backward",
+            route="given" if by_expert is None else "replay",
+            split="one",
+            router=replace(rule.router, capped=False, random_second=False),
+        ),
+        num_tiles,
+    )
+
+
+def contiguous(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient as the kernel reads it; a copy where autograd hands in a view."""
+    return None if gradient is None else gradient.contiguous()
