@@ -1,5 +1,6 @@
 """The gradients of the layer, by autograd through the reference: what the backward is held to."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 import reference
 from megakernel import Experts, Router
 from reference import ExpertKind, Routing
+from tests.helpers.cases import Case
+from tests.helpers.dialects import DIALECTS, Dialect, draw_ids, drawer, with_kind
+from tests.helpers.inputs import Inputs, make_inputs
 
 # Eager PyTorch keeps these in their own dtype where that is the wider one.
 KEPT_WIDE = (
@@ -17,6 +21,7 @@ KEPT_WIDE = (
     "experts.gate_up_bias_E2I",
     "experts.down_bias_EH",
 )
+LAYERS = [dialect for dialect in DIALECTS if dialect.stages == "layer"]
 Gradients = dict[str, Tensor]
 
 
@@ -26,6 +31,59 @@ class Incoming(NamedTuple):
     y_TH: Tensor
     gate_TK: Tensor | None = None
     logits_TE: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A dialect's inputs, its routing, and the gradients that come from above.
+
+    Attributes:
+        inputs: tokens, router weight and experts.
+        router: how it chooses and weighs.
+        expert_of_TK: integer: the given or replayed ids, or those chosen before any was dropped.
+        given_TK: weights of a given routing.
+        incoming: of y, in its dtype; of gates and logits float32, None for a given routing.
+    """
+
+    inputs: Inputs
+    router: Router
+    expert_of_TK: Tensor
+    given_TK: Tensor | None
+    incoming: Incoming
+
+    def gradients(
+        self, served_TK: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Gradients:
+        """Return what :func:`oracle_moe` or :func:`oracle_routed` says, as the routing is."""
+        x_TH, experts, incoming = self.inputs.x_TH, self.inputs.experts, self.incoming
+        if self.given_TK is not None:
+            routing = self.expert_of_TK, self.given_TK
+            return oracle_routed(x_TH, *routing, experts, incoming.y_TH, dtype)
+        return oracle_moe(
+            x_TH, self.inputs.router_EH, experts, self.router, incoming.y_TH,
+            expert_of_TK=self.expert_of_TK, served_TK=served_TK, dgate_TK=incoming.gate_TK,
+            dlogits_TE=incoming.logits_TE, dtype=dtype,
+        )  # fmt: skip
+
+
+def make_problem(dialect: Dialect) -> Problem:
+    """Return the problem of one of ``LAYERS``, of the tensors that ``make_dialect`` draws."""
+    sizes = {"T": 37, "K": 2, "E": 4, "H": 40, "I": 24} | dialect.sizes
+    case = Case(dialect.name, reason=dialect.reason, dtype=dialect.dtype, **sizes)
+    inputs = with_kind(make_inputs(case), dialect)
+    draw = drawer(inputs)
+    router = Router(
+        case.K, **{name: value if value is not True else draw(torch.float32, case.E)
+                   for name, value in dialect.router.items()}
+    )  # fmt: skip
+    ids_TK = draw_ids(case, dialect.skip).to(dialect.ids_dtype)
+    is_given = dialect.route == "given"
+    given_TK = draw(dialect.gate_dtype, case.T, case.K) if is_given else None
+    if dialect.route == "live":
+        ids_TK = chosen_ids(inputs.x_TH, inputs.router_EH, router).int()
+    dy_TH = draw(case.dtype, case.T, case.H)
+    of_router = [None if is_given else draw(torch.float32, case.T, n) for n in (case.K, case.E)]
+    return Problem(inputs, router, ids_TK, given_TK, Incoming(dy_TH, *of_router))
 
 
 def oracle_moe(
