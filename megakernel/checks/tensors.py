@@ -77,6 +77,21 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
                          f"got {tensor.device}")  # fmt: skip
 
 
+def check_main_grad(name: str, buffer: Tensor, weight: Tensor) -> None:
+    """Raise unless a buffer can hold the float32 gradient of a weight."""
+    check_float(name, buffer, weight.ndim)
+    if buffer.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {buffer.dtype}")
+    check_shape(name, buffer, tuple(weight.shape))
+    if buffer.stride() != weight.stride():
+        raise ValueError(
+            f"{name} must have the strides of its weight, {weight.stride()}, "
+            f"got {buffer.stride()}"
+        )
+    if buffer.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device} like its weight, got {buffer.device}")
+
+
 def check_positive(name: str, value: object) -> None:
     """Raise unless ``value`` is an integer in [1, 2^31)."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
