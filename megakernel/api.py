@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megakernel.autograd import run
 from megakernel.checks.calls import (
     check_call,
     check_placement,
@@ -11,7 +12,6 @@ from megakernel.checks.calls import (
     check_routing_tensors,
     check_size,
 )
-from megakernel.autograd import run
 from megakernel.config import KernelConfig, usual_rows
 from megakernel.experts import Experts
 from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
@@ -74,8 +74,7 @@ def moe(
     rows = None if replay is None else (replay.rows, replay.num_tiles)
     layer = x_TH, router_weight_EH, router, experts
     call = routed_call(*layer, out, slots_of(placement), rows, config)
-    y_TH, gate_TK, logits_TE = run(call, save, replay, experts.main_grad)
-    return out._replace(y_TH=y_TH, gate_TK=gate_TK, logits_TE=logits_TE)
+    return out._replace(**run(call, save, replay, experts.main_grad))
 
 
 def moe_routed(
@@ -115,7 +114,7 @@ def moe_routed(
     check_size(shape_TK, placement, experts, config)
     y_TH, places = torch.empty_like(x_TH), slots_of(placement)
     call = given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config)
-    return run(call, save, None, experts.main_grad).y_TH
+    return run(call, save, None, experts.main_grad)["y_TH"]
 
 
 def prepare_replay(

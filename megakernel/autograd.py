@@ -5,12 +5,13 @@ own memory. The backward is asked only for what autograd asks for.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megakernel.checks.tensors import check_no_tangent
 from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.op import launcher
@@ -46,17 +47,9 @@ DIFFERENTIABLE = {
 }
 
 
-class Results(NamedTuple):
-    """What of a call's results has a gradient; weights and logits only where they are made."""
-
-    y_TH: Tensor
-    gate_TK: Tensor | None = None
-    logits_TE: Tensor | None = None
-
-
 def run(
     call: Call, save: str, replay: Replay | None, main_grad: MainGrad | None
-) -> Results:
+) -> dict[str, Tensor]:
     """Launch a layer, so that autograd can go back through it if anything asks for that.
 
     Args:
@@ -65,17 +58,23 @@ def run(
         replay: the one that the call has, if any.
         main_grad: where gradients of expert weights go, if not to autograd.
 
+    Returns:
+        those results that can have a gradient, by name.
+
     Raises:
-        ValueError: for another ``save``.
+        ValueError: for another ``save``; for a tensor with a tangent.
     """
     if save not in SAVES:
         raise ValueError(f"save must be one of {SAVES}, got {save!r}")
     inputs = differentiable_of(call)
+    for name, tensor in inputs.items():
+        check_no_tangent(name, tensor)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
         call = with_saved(call, save)
         by_expert = None if replay is None else replay.by_expert()
         options = call, by_expert, main_grad, tuple(inputs)
-        return Results(*Layer.apply(*options, *inputs.values()))
+        results = Layer.apply(*options, *inputs.values())
+        return dict(zip(results_of(call), results, strict=True))
     if call.tokens.shape[0]:
         launcher()(call)
     return results_of(call)
@@ -88,13 +87,13 @@ def differentiable_of(call: Call) -> dict[str, Tensor]:
     return {n: tensors[n] for n in DIFFERENTIABLE if n in tensors and n not in made}
 
 
-def results_of(call: Call) -> Results:
-    """Return the call's results that can have a gradient."""
+def results_of(call: Call) -> dict[str, Tensor]:
+    """Return the call's results that can have a gradient; of given weights there is one."""
     b = call.buffers
-    assert b.y_TH is not None
-    if call.rule.route == "given":
-        return Results(b.y_TH)
-    return Results(b.y_TH, b.routing.gate_TK, b.routing.logits_TE)
+    results = {"y_TH": b.y_TH}
+    if call.rule.route != "given":
+        results |= {"gate_TK": b.routing.gate_TK, "logits_TE": b.routing.logits_TE}
+    return {name: tensor for name, tensor in results.items() if tensor is not None}
 
 
 def with_saved(call: Call, save: str) -> Call:
@@ -145,7 +144,7 @@ class Layer(torch.autograd.Function):
         ctx.kept, ctx.names, ctx.rule = tuple(kept), names, call.rule
         ctx.by_expert, ctx.main_grad = by_expert, main_grad
         ctx.set_materialize_grads(False)
-        return tuple(result for result in results_of(call) if result is not None)
+        return tuple(results_of(call).values())
 
     @staticmethod
     @once_differentiable

@@ -44,9 +44,7 @@ def check_no_grad(name: str, tensor: Tensor) -> None:
 def check_no_tangent(name: str, tensor: Tensor) -> None:
     """Raise on a tensor with a tangent: the layer has no forward-mode derivative."""
     if unpack_dual(tensor).tangent is not None:
-        raise ValueError(
-            f"{name} must have no tangent: forward-mode derivatives are not computed, only backward"
-        )
+        raise ValueError(f"{name} must have no tangent: there are no forward-mode derivatives")
 
 
 def check_contiguous(name: str, tensor: Tensor) -> None:
@@ -85,8 +83,7 @@ def check_main_grad(name: str, buffer: Tensor, weight: Tensor) -> None:
     check_shape(name, buffer, tuple(weight.shape))
     if buffer.stride() != weight.stride():
         raise ValueError(
-            f"{name} must have the strides of its weight, {weight.stride()}, "
-            f"got {buffer.stride()}"
+            f"{name} must have the strides of its weight, {weight.stride()}, got {buffer.stride()}"
         )
     if buffer.device != weight.device:
         raise ValueError(f"{name} must be on {weight.device} like its weight, got {buffer.device}")
