@@ -71,7 +71,9 @@ def shared_dgate_up(m: Memory, tile: int, block: int) -> None:
     """dzᵀ · x over all tokens, for a block of rows of a slice's gate or up and some of H."""
     spec, I = backward_spec(m), m.spec.intermediate
     names = ("shared_gate_JH", "shared_up_JH") if spec.expert.has_gate else ("shared_up_JH",)
-    index, half = divmod(tile, len(names))
+    asked = [half for half, name in enumerate(names) if f"gradients.{name}" in m]
+    index, matrix = divmod(tile, len(asked))
+    half = asked[matrix]
     part, of_row = divmod(block, spec.dx_tasks)
     height = columns_of(part, part + 1, spec.block_i, I)
     columns = dx_columns_of(m, of_row * spec.dx_per_task)
