@@ -47,7 +47,8 @@ def backward_schedules(draw: st.DrawFn, routes: tuple[str, ...] = ("given", "rep
     spec = BackwardSpec(**same | {
         "stages": "backward", "route": draw(st.sampled_from(routes)), "gradients": asked,
         "expert": expert, "gate_up": rule,
-        "num_experts": draw(st.sampled_from([1, 2, 5, 33])), "hidden": hidden, "intermediate": intermediate,
+        "num_experts": draw(st.sampled_from([1, 2, 5, 33])),
+        "hidden": hidden, "intermediate": intermediate,
         "shared_width": draw(st.sampled_from([24, 70])) if has_shared else 0,
         "block_i": draw(st.sampled_from([16, 32])), "block_h": draw(st.sampled_from([16, 64])),
         "combine_tokens": draw(st.sampled_from([1, 8, 16])), "column_groups": draw(small),
