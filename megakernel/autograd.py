@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakernel.checks.calls import check_gradient_tiles
 from megakernel.checks.tensors import check_no_tangent
 from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
@@ -69,6 +70,7 @@ def run(
     for name, tensor in inputs.items():
         check_no_tangent(name, tensor)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
+        check_gradient_tiles(call.rule.config)
         call = with_saved(call, save)
         by_expert = None if replay is None else replay.by_expert()
         options = call, by_expert, main_grad, tuple(inputs)

@@ -7,9 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megakernel import Experts, MainGrad, MegakernelStall, Placement, Router, moe, moe_routed
+from megakernel import (
+    Experts,
+    KernelConfig,
+    MainGrad,
+    MegakernelStall,
+    Placement,
+    Router,
+    moe,
+    moe_routed,
+)
 from megakernel.autograd import DIFFERENTIABLE, Layer, backward_call, kept_of
+from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import make_spec
 from megakernel.launch.workspace import workspace_for
 from megakernel.plan.buffers import flatten
@@ -320,7 +331,7 @@ def test_a_view_as_incoming_gradient_is_taken(baseline):
 
 
 def test_a_loss_of_logits_alone_trains_the_router(baseline):
-    dialect, problem, _ = baseline
+    _, problem, _ = baseline
     problem, leaves = with_leaves(problem)
     inputs = problem.inputs
     out = moe(inputs.x_TH, inputs.router_EH, inputs.experts, problem.router, config=CONFIG)
@@ -409,7 +420,7 @@ def test_a_second_backward_needs_retain_graph(result):
 
 def test_double_backward_is_refused_by_name(result):
     out, leaves = result
-    with pytest.raises(NotImplementedError, match="no derivative.*create_graph"):
+    with pytest.raises(NotImplementedError, match=r"no derivative.*create_graph"):
         torch.autograd.grad(out.y_TH.sum(), leaves["x_TH"], create_graph=True)
 
 
@@ -460,6 +471,45 @@ def test_a_stall_in_the_backward_is_named(result):
     counters[Protocol.DH_DONE * Protocol.COUNTER_STRIDE] = -100
     with pytest.raises(MegakernelStall, match=r"\(dS, token tile 0\) waited for .*\(dH tasks\)"):
         out.y_TH.sum().backward()
+
+
+def test_tiles_that_the_interpreter_cannot_hold_are_refused_ahead_of_the_forward(baseline):
+    inputs = baseline[1].inputs
+    config = KernelConfig(step=64, block_rows=64, block_h=256, block_i=128)
+    x_TH = inputs.x_TH.clone().requires_grad_()
+    assert_refused(
+        lambda: moe(x_TH, inputs.router_EH, inputs.experts, Router(2), config=config),
+        r"tile product within 1048576 in the interpreter, got 2097152",
+    )
+
+
+# Allocations and views.
+NOTHING = {
+    "aten.empty", "aten.new_empty", "aten.empty_like", "aten.transpose", "aten.detach", "aten.slice",
+    "aten.view",
+}  # fmt: skip
+
+
+def test_nothing_but_the_launches_touches_memory(baseline, monkeypatch):
+    """No zero, cast, copy or sum beside them, forward or backward."""
+    launches = []
+    monkeypatch.setattr(type(moe_kernel), "run", lambda *args, **kwargs: launches.append(1))
+    _, problem, _ = baseline
+    problem, _ = with_leaves(problem)
+    inputs = problem.inputs
+    done = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            done.append(str(function).rsplit(".", 1)[0])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        out = moe(inputs.x_TH, inputs.router_EH, inputs.experts, problem.router, config=CONFIG)
+        forward = len(done)
+        torch.autograd.backward([out.y_TH, out.gate_TK, out.logits_TE], list(problem.incoming))
+    assert launches == [1, 1] and 0 < forward < len(done)
+    assert set(done) <= NOTHING, set(done) - NOTHING
 
 
 def test_every_name_has_a_place():
