@@ -485,8 +485,8 @@ def test_tiles_that_the_interpreter_cannot_hold_are_refused_ahead_of_the_forward
 
 # Allocations and views.
 NOTHING = {
-    "aten.empty", "aten.new_empty", "aten.empty_like", "aten.transpose", "aten.detach", "aten.slice",
-    "aten.view",
+    "aten.empty", "aten.new_empty", "aten.empty_like", "aten.transpose", "aten.detach",
+    "aten.slice", "aten.view",
 }  # fmt: skip
 
 
