@@ -49,12 +49,10 @@ def moe(
         experts: weights, dtype of x_TH, and what they compute.
         router: how experts are chosen and weighted.
         replay: recorded routing from prepare_replay; the router then only weighs the given ids.
-            Choices that the recording has as -1, such as those dropped over capacity, are absent
-            from a renormalised sum.
+            Choices that are -1 there, as those dropped over capacity, leave a renormalised sum.
         placement: experts in slots; identity when None. With a replay, the one it was made for.
         config: how to cut the work; None for the shipped default.
-        save: what is kept for a backward: "preactivations" (z, [T·K, 2I] in the dtype of x_TH), or
-            "nothing", when FFN1 is run again in the backward's launch; the bits are the same.
+        save: for a backward, "preactivations" ([T·K, 2I]) or "nothing": FFN1 is then run again.
 
     Returns:
         MoEOutput: y_TH in the dtype of x_TH.
