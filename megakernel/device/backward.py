@@ -199,9 +199,13 @@ def rows_of_token(b, token, exists, column, size, C: tl.constexpr):
 
 
 @triton.jit
-def through_router(acc, b, token, exists, column, C: tl.constexpr):
-    """Return acc + dlogits · router, the former rounded to the latter's dtype."""
+def through_router(b, token, exists, column, C: tl.constexpr):
+    """Return dlogits · router, the former rounded to the latter's dtype.
+
+    The product is made turned, since wgmma serves no fewer than 64 rows on its left.
+    """
     inside = (column < C.hidden)[None, :]
+    acc = tl.full(C.turned_tile, 0.0, tl.float32)
     for first_expert in range(0, C.num_experts, C.grad_step):
         expert = first_expert + tl.arange(0, C.grad_step)
         served = expert < C.num_experts
@@ -213,8 +217,8 @@ def through_router(acc, b, token, exists, column, C: tl.constexpr):
             mask=served[:, None] & inside,
             other=0.0,
         )
-        acc = dot(rounded(dlogits, router.dtype, C), router, acc, C)
-    return acc
+        acc = dot(router.T, rounded(dlogits, router.dtype, C).T, acc, C)
+    return acc.T
 
 
 @triton.jit
@@ -231,7 +235,7 @@ def dx_sum_tile(tile, group, b, size, C: tl.constexpr):
         column = (group * C.group_blocks + block) * C.block_h + tl.arange(0, C.block_h)
         acc = rows_of_token(b, token, exists, column, size, C)
         if C.gradients.weighs:
-            acc = through_router(acc, b, token, exists, column, C)
+            acc += through_router(b, token, exists, column, C)
         if C.gradients.token_gated:
             gate = tl.load(b.shared.token_gate_1H + column, mask=column < C.hidden, other=0.0)
             dtoken = tl.load(b.scratch.dtoken_T + token, mask=exists, other=0.0)

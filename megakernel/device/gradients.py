@@ -198,7 +198,7 @@ def drouter_tile(tile, block, b, size, C: tl.constexpr):
     if block < C.router_columns:
         dweight_tile(expert, block, b, size, C)
     elif b.gradients.router_bias_E is not None:
-        total = tl.sum(tl.full(C.router_tile, 0.0, tl.float32), 1)
+        total = tl.full(C.expert_row, 0.0, tl.float32)
         for start in range(0, size.num_tokens, C.grad_step):
             total += tl.sum(load_dlogits(start, expert, b, size, C), 0)
         out = b.gradients.router_bias_E
@@ -209,10 +209,11 @@ def drouter_tile(tile, block, b, size, C: tl.constexpr):
 @triton.jit
 def load_dlogits(start, expert, b, size, C: tl.constexpr):
     """Load the gradients of some experts' logits for a step of tokens, 0 where there is none."""
-    token = start + tl.arange(0, C.grad_step)
-    inside = (token < size.num_tokens)[:, None] & (expert < C.num_experts)[None, :]
-    place = token.to(tl.int64)[:, None] * C.num_experts + expert[None, :]
-    return tl.load(b.scratch.dlogits_TE + place, mask=inside, other=0.0)
+    step = tl.arange(0, C.grad_step)
+    inside = (start + step < size.num_tokens)[:, None] & (expert < C.num_experts)[None, :]
+    first = b.scratch.dlogits_TE + tl.full((), start, tl.int64) * C.num_experts
+    place = step[:, None] * C.num_experts + expert[None, :]
+    return tl.load(first + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -222,15 +223,17 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
     DTYPE: tl.constexpr = out.dtype.element_ty
     column = block * C.step + tl.arange(0, C.step)
     acc = tl.full(C.router_tile, 0.0, tl.float32)
+    step = tl.arange(0, C.grad_step)
+    # Turned: as the right side dlogits come in wide loads.
     for start in tl.range(0, size.num_tokens, C.grad_step, num_stages=C.num_stages):
-        token = start + tl.arange(0, C.grad_step)
         dlogits = rounded(load_dlogits(start, expert, b, size, C), DTYPE, C)
-        mask = (token < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
-        place = token.to(tl.int64)[:, None] * C.hidden + column[None, :]
-        x = tl.load(b.x_TH + place, mask=mask, other=0.0)
-        acc = dot(dlogits.T, x.to(DTYPE), acc, C)
-    inside = (expert < C.num_experts)[:, None] & (column < C.hidden)[None, :]
-    offset = expert[:, None] * C.hidden + column[None, :]
+        mask = (start + step < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
+        first = b.x_TH + tl.full((), start, tl.int64) * C.hidden
+        place = step[:, None] * C.hidden + column[None, :]
+        x = tl.load(first + place, mask=mask, other=0.0)
+        acc = dot(x.to(DTYPE).T, dlogits, acc, C)
+    inside = (column < C.hidden)[:, None] & (expert < C.num_experts)[None, :]
+    offset = column[:, None] + expert[None, :] * C.hidden
     tl.store(out + offset, rounded(acc, DTYPE, C), mask=inside)
 
 

@@ -241,8 +241,18 @@ class BackwardSpec(KernelSpec):
 
     @cached_property
     def router_tile(self) -> tuple[int, int]:
-        """[block_experts, step]"""
-        return self.block_experts, self.step
+        """[step, block_experts]"""
+        return self.step, self.block_experts
+
+    @cached_property
+    def expert_row(self) -> tuple[int]:
+        """[block_experts]"""
+        return (self.block_experts,)
+
+    @cached_property
+    def turned_tile(self) -> tuple[int, int]:
+        """[block_h, combine_tokens]"""
+        return self.block_h, self.combine_tokens
 
     @cached_property
     def h_row(self) -> tuple[int]:
