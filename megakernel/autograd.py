@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megakernel.checks.tensors import check_no_tangent
 from megakernel.experts import MainGrad
@@ -147,9 +146,17 @@ class Layer(torch.autograd.Function):
         return tuple(results_of(call).values())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Launch the backward for what is asked for."""
+        """Launch the backward for what is asked for.
+
+        Raises:
+            NotImplementedError: if its own derivative is asked for.
+        """
+        # Autograd would take the result for a constant wherever dy is one.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the layer's backward has no derivative: call without create_graph=True"
+            )
         buffers = unflatten(dict(zip(ctx.kept, ctx.saved_tensors, strict=True)))
         needed = ctx.needs_input_grad[-len(ctx.names) :]
         wanted = [name for name, asked in zip(ctx.names, needed, strict=True) if asked]

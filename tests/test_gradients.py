@@ -94,11 +94,26 @@ def test_a_router_in_float32_keeps_its_dtype_in_eager() -> None:
     assert eager["x_TH"].dtype == torch.bfloat16
 
 
-def test_chosen_ids_are_those_before_any_is_dropped() -> None:
-    x_TH, weight_EH = torch.randn(20, 8), torch.randn(6, 8)
-    dropping = Router(2, capacity=3, random_second_seed=1)
-    wanted_TK = reference.route(x_TH.double(), weight_EH.double(), 2).expert_of_TK
-    assert torch.equal(chosen_ids(x_TH, weight_EH, dropping), wanted_TK)
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        pytest.param([], (1, 1), id="plain"),
+        pytest.param(["bias_E"], (1, 1), id="biased"),
+        pytest.param(["correction_bias_E"], (1, 1), id="corrected"),
+        pytest.param(["bias_E", "correction_bias_E"], (3, 1), id="one-group-of-three"),
+    ],
+)
+def test_chosen_ids_are_those_before_any_is_dropped(
+    names: list[str], groups: tuple[int, int]
+) -> None:
+    x_TH, weight_EH = torch.randn(40, 8), torch.randn(6, 8)
+    biases = {name: torch.randn(6) for name in names}
+    counts = {"num_groups": groups[0], "top_groups": groups[1]}
+    router = Router(2, "sigmoid", capacity=3, random_second_seed=1, **biases, **counts)
+    wanted_TK = reference.route(
+        x_TH.double(), weight_EH.double(), 2, kind="sigmoid", groups=groups, **biases
+    ).expert_of_TK
+    assert torch.equal(chosen_ids(x_TH, weight_EH, router), wanted_TK)
 
 
 def test_an_error_beside_an_oracle_of_zeros_is_its_own_norm() -> None:

@@ -22,8 +22,9 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_gate_and_up_has_the_slope_that_torch_says(kind: ExpertKind) -> None:
     """Values on, inside and far past the limit, and at the kink of relu."""
-    values = torch.tensor([-30.0, -1.5, -0.7, 0.0, 0.3, 1.5, 1.5000001, 30.0]).double()
-    z_2I = torch.cartesian_prod(values, values).flatten()  # pairs, for either order of the rows
+    values = torch.tensor([-30.0, -2.0, -1.5, -0.7, 0.0, 0.3, 1.5, 1.5000001, 30.0]).double()
+    pairs_I2 = torch.cartesian_prod(values, values)
+    z_2I = (pairs_I2 if kind.interleaved else pairs_I2.T).flatten()
     dh_I = torch.randn(len(z_2I) // 2 if kind.has_gate else len(z_2I), dtype=torch.float64)
     leaf = z_2I.clone().requires_grad_()
     wanted = torch.autograd.grad(between_products(leaf[None], kind)[0], leaf, dh_I)[0]
