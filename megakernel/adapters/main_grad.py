@@ -23,15 +23,15 @@ class ParametersMainGrad(MainGrad):
     """The buffers of parameters, under the flags that those parameters have.
 
     Args:
-        gate_up_E2IH, down_EHI: see :class:`MainGrad`.
         parameters: whose ``grad_added_to_main_grad`` is read and set; without one it is False.
+        gate_up_E2IH, down_EHI: see :class:`MainGrad`.
     """
 
-    def __init__(self, gate_up_E2IH: Tensor, down_EHI: Tensor, parameters: Sequence[Any]) -> None:
+    def __init__(self, parameters: Sequence[Any], gate_up_E2IH: Tensor, down_EHI: Tensor) -> None:
         self.parameters = parameters
         self.gate_up_E2IH, self.down_EHI = gate_up_E2IH, down_EHI
 
-    @property  # type: ignore[override]
+    @property
     def grad_added_to_main_grad(self) -> bool:
         """Whether the buffers hold gradients of this step; read when the backward runs.
 
@@ -68,31 +68,31 @@ class WithPlaceholder(torch.autograd.Function):
         return torch.zeros(**ctx.kind)
 
 
-def main_grad_of(linear: str, parameters: Sequence[Any], weight_EXY: Tensor) -> Tensor:
-    """Return the buffers of a linear's parameters as one, in the order of the experts.
+def main_grad_of(linear: str, parameters: Sequence[Any]) -> Tensor:
+    """Return the buffers of a linear's parameters as one [E, X, Y], in the order of the experts.
 
     Raises:
-        ValueError: naming the linear, for a parameter without one, for weights that were copied
-            because they lie apart, and for buffers that lie apart.
+        ValueError: naming the linear, for a parameter without one, for weights that lie apart,
+            which are copied, and for buffers that lie apart.
     """
     buffers = [getattr(parameter, "main_grad", None) for parameter in parameters]
-    missing = sum(buffer is None for buffer in buffers)
-    if missing:
+    there = [buffer for buffer in buffers if buffer is not None]
+    if len(there) < len(buffers):
         raise ValueError(
             f"{linear} must have a main_grad for each weight with gradient_accumulation_fusion, "
-            f"got {missing} of {len(buffers)} without"
+            f"got {len(there)} for {len(buffers)}"
         )
     if len(parameters) == 1:
-        return buffers[0].view(weight_EXY.shape)
+        return there[0].view(-1, *parameters[0].shape[-2:])
     if view_stacked(parameters) is None:
         raise ValueError(
             f"{linear} must have its weights in a row with gradient_accumulation_fusion, as one "
             "weight or after pack(), got weights apart"
         )
-    stacked = view_stacked(buffers)
+    stacked = view_stacked(there)
     if stacked is None:
         raise ValueError(
-            f"{linear} must have its main_grad buffers in a row, one expert after the other as its "
-            "weights are, got buffers apart"
+            f"{linear} must have its main_grad buffers in a row, one expert after the other as "
+            "its weights are, got buffers apart"
         )
     return stacked

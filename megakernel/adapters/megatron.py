@@ -119,18 +119,19 @@ class MegatronMegakernel(nn.Module):
     def read_experts(self, routed_experts: Any) -> Experts:
         """Return the weights as they are now, and where their gradients go."""
         both = [parameters_of(routed_experts, linear, self.num_experts) for linear in LINEARS]
-        weights = [read_weight(parameters) for parameters in both]
-        trained = {p.requires_grad for parameters in both for p in parameters}
+        gate_up, down = map(read_weight, both)
+        trained = {parameter.requires_grad for parameters in both for parameter in parameters}
         if not (self.fuses_gradients and torch.is_grad_enabled() and True in trained):
-            return Experts(*weights)
+            return Experts(gate_up, down)
         if False in trained:
             raise ValueError(
                 "requires_grad must be the same for all expert weights with "
                 "gradient_accumulation_fusion, got True for some"
             )
-        buffers = map(main_grad_of, LINEARS, both, weights)
-        main_grad = ParametersMainGrad(*buffers, parameters=[*both[0], *both[1]])
-        return Experts(*map(WithPlaceholder.apply, weights), main_grad=main_grad)
+        buffers = [main_grad_of(linear, p) for linear, p in zip(LINEARS, both, strict=True)]
+        main_grad = ParametersMainGrad([*both[0], *both[1]], *buffers)
+        gate_up, down = map(WithPlaceholder.apply, (gate_up, down))
+        return Experts(gate_up, down, main_grad=main_grad)
 
     def pack(self) -> None:
         """Move each linear's expert weights into one block, so that calls read them in place.

@@ -36,8 +36,10 @@ class InPlace(torch.autograd.Function):
         parameters = ctx.saved_tensors  # raises if one was changed
         parts = [None] * len(parameters) if gradient is None else ctx.split(gradient)
         asked = ctx.needs_input_grad[2:]
-        return None, None, *(
-            part if needed else None for part, needed in zip(parts, asked, strict=True)
+        return (
+            None,
+            None,
+            *(part if needed else None for part, needed in zip(parts, asked, strict=True)),
         )
 
 
