@@ -16,19 +16,20 @@ Split = Callable[[Tensor], Sequence[Tensor]]
 
 
 class InPlace(torch.autograd.Function):
-    """Parameters as one view of the memory that they lie in, which PyTorch has no operator for.
+    """Parameters as one tensor in the memory that they lie in, which PyTorch has no operator for.
 
-    The parameters are saved, though no gradient needs their values: the view shares its version
-    counter with the first at most, and a change of any other before the backward must be an error.
+    The parameters are saved, though no gradient needs their values: the tensor has no version
+    counter in common with them, and a change of any before the backward must be an error.
     """
 
     @staticmethod
     def forward(ctx: Any, view: Tensor, split: Split, *parameters: Tensor) -> Tensor:
-        """Return the view; ``split`` cuts its gradient into those of the parameters."""
+        """Return the memory of ``view``; ``split`` cuts its gradient into the parameters'."""
         ctx.split = split
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
-        return view
+        layout = view.storage_offset(), view.shape, view.stride()
+        return view.new_empty(0).set_(view.untyped_storage(), *layout)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -44,10 +45,10 @@ class InPlace(torch.autograd.Function):
 
 
 def in_place(view: Tensor, split: Split, parameters: Sequence[Tensor]) -> Tensor:
-    """Return a view of parameters' memory, through which each gets its gradient.
+    """Return parameters' memory as one tensor, through which each gets its gradient.
 
     Args:
-        view: made without gradients.
+        view: of that memory, made without gradients.
         split: cuts a gradient of the view into one for each parameter.
         parameters: what lies in that memory.
     """

@@ -22,8 +22,8 @@ KINDS = pytest.mark.parametrize(
 H, E, K, T = 56, 3, 2, 11
 
 
-def checkpointed(reentrant: bool, fuse_gate: bool = True) -> Any:
-    model = use_megakernel(make_small(FEW), fuse_gate)
+def checkpointed(reentrant: bool) -> Any:
+    model = use_megakernel(make_small(FEW))
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -64,9 +64,9 @@ def test_the_auxiliary_loss_trains_a_checkpointed_router(reentrant: bool) -> Non
     name = "model.layers.0.mlp.gate.weight"
     options = {"output_router_logits": True}
     expected = step(use_megakernel(make_small(FEW)), **({} if reentrant else options))
-    model = use_megakernel(make_small(FEW))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    assert_same_bits(actual=step(model, **options)[name], expected=expected[name])
+    assert_same_bits(
+        actual=step(checkpointed(reentrant), **options)[name], expected=expected[name]
+    )
 
 
 @KINDS
