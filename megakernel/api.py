@@ -51,14 +51,21 @@ def moe(
             from a renormalised sum.
         placement: experts in slots; identity when None. With a replay, the one it was made for.
         config: how to cut the work; None for the shipped default.
+        save: what the forward keeps for a backward: "preactivations" (z, [T·K, 2I] in the dtype of
+            x_TH), or "nothing", when FFN1 is run again inside the backward's launch; the bits are
+            the same. Unused where nothing asks for a gradient.
 
     Returns:
-        MoEOutput: y_TH in the dtype of x_TH.
+        MoEOutput: y_TH in the dtype of x_TH. Differentiable: y_TH, gate_TK and logits_TE, by one
+        launch, with respect to x_TH, the router's weight and bias_E, and all tensors of the
+        experts. Which experts serve a token is a constant. The bits of all gradients depend on
+        what those of y_TH do, and on the incoming gradients.
 
     Raises:
         ValueError: on a bad argument, before any launch; on a GPU also when an earlier launch met
             a bad slot (which it skipped).
         MegakernelStall: when a wait inside a launch ran past its bound.
+        NotImplementedError: from a backward whose own derivative is asked for.
     """
     check_call(x_TH, experts)
     check_router(router_weight_EH, router, experts, x_TH, placement if replay is None else None)
@@ -96,9 +103,11 @@ def moe_routed(
         experts: weights, dtype of x_TH.
         placement: experts in slots; identity when None.
         config: how to cut the work; None for the shipped default.
+        save: see :func:`moe`.
 
     Returns:
-        y_TH: [T, H], dtype of x_TH.
+        y_TH: [T, H], dtype of x_TH. Differentiable with respect to x_TH, gate_TK and all tensors
+        of the experts; see :func:`moe`.
 
     Raises:
         ValueError: on a bad argument, before any launch. On a GPU ids are not looked at, since

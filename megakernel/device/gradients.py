@@ -200,7 +200,9 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
         dlogits = rounded(load_dlogits(start, expert, b, size, C), DTYPE, C)
         mask = (token < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
         place = token.to(tl.int64)[:, None] * C.hidden + column[None, :]
-        x = tl.load(b.x_TH + place, mask=mask, other=0.0)
+        # A token that nothing reaches, as padding is, may hold anything.
+        is_reached = tl.max((dlogits != 0.0).to(tl.int32), 1) > 0
+        x = tl.load(b.x_TH + place, mask=mask & is_reached[:, None], other=0.0)
         acc = dot(dlogits.T, x.to(DTYPE), acc, C)
     inside = (expert < C.num_experts)[:, None] & (column < C.hidden)[None, :]
     offset = expert[:, None] * C.hidden + column[None, :]

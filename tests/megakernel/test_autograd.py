@@ -165,6 +165,21 @@ def test_skipped_choices_of_a_token_with_nan_stay_by_themselves():
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("name", ["replay", "over-all-replay"])
+def test_padding_of_nan_reaches_no_gradient_of_a_weight(name: str):
+    """Rows without an expert, as a packed batch ends in, may hold anything."""
+    dialect = DIALECT[name]
+    problem = make_problem(dialect)
+    ids_TK = problem.expert_of_TK.clone()
+    ids_TK[-3:] = -1
+    incoming = problem.incoming._replace(gate_TK=None, logits_TE=None)
+    problem = replace(problem, expert_of_TK=ids_TK, incoming=incoming)
+    expected = train(problem, dialect).gradients
+    problem.inputs.x_TH[-3:] = torch.nan
+    for tensor, gradient in train(problem, dialect).gradients.items():
+        assert_same_bits(actual=gradient, expected=expected[tensor])
+
+
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_load_is_as_near_as_eager(data: st.DataObject):
