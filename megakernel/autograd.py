@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megakernel.checks.tensors import check_no_tangent
+from megakernel.config import SAVES
 from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.op import launcher
@@ -26,7 +27,6 @@ from megakernel.plan.buffers import (
 )
 from megakernel.replay import Replay
 
-SAVES = ("preactivations", "nothing")
 MAIN = ("gate_up_E2IH", "down_EHI")  # weights that a MainGrad has buffers for
 
 # What can have a gradient, by dotted name, and where a backward launch puts it.

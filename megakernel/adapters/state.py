@@ -9,8 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from megakernel.autograd import SAVES
-from megakernel.config import KernelConfig
+from megakernel.config import SAVES, KernelConfig
 from megakernel.placement import Placement
 from megakernel.replay import Replay
 
