@@ -38,9 +38,8 @@ def finish_dh(
 
     Args:
         acc: dA' = dy · down, [block_rows, columns] float32.
-        z, z_row: where z lies, and which of its rows.
+        z, z_row, inside: where z lies, which of its rows, and which of those exist.
         weight: of each row, [block_rows] float32.
-        inside: which rows exist.
         tile, first: row tile and first column of I.
         W: rule of gate_up.
     """
