@@ -74,8 +74,16 @@ def run_for_gradients(
 
     Returns:
         those results that have a gradient, by name.
+
+    Raises:
+        ValueError: for tiles that the interpreter cannot hold; for main_grad under torch.compile.
     """
     check_gradient_tiles(call.rule.config)
+    if main_grad is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "main_grad must be None under torch.compile, which would take what is in "
+            f"grad_added_to_main_grad now, {main_grad.grad_added_to_main_grad}, for a constant"
+        )
     call = with_saved(call, save)
     inputs = differentiable_of(call)
     by_expert = None if replay is None else replay.by_expert()
