@@ -40,7 +40,15 @@ def batches(model):
     with torch.no_grad():
         rollouts = roll_out(model, RolloutConfig(2, prompt_bytes=4, new_bytes=5))
     advantage_G = torch.tensor([1.0, -0.5])  # short samples may all have the same reward
-    return [replace(micro_batch_of(rollouts, p), advantage_G=advantage_G) for p in (0, 3)]
+    return [
+        replace(
+            batch,
+            advantage_G=advantage_G,
+            # Not whom the router would choose now, so that a replay makes a difference.
+            expert_of_TLK=(batch.expert_of_TLK + 1) % SMALL.num_experts,
+        )
+        for batch in (micro_batch_of(rollouts, prompt) for prompt in (0, 3))
+    ]
 
 
 @pytest.fixture(scope="module")
