@@ -29,9 +29,7 @@ def load_halves(
 
 
 @triton.jit
-def finish_dh(
-    acc, z, z_row, weight, inside, tile, first, b, W: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
+def finish_dh(acc, z, z_row, weight, inside, tile, first, b, W: tl.constexpr, C: tl.constexpr):
     """From dA' and z make dz and A weighted and store them; return the part of <dA', A>.
 
     The sums of products stay in registers meanwhile, so a few columns are done at a time.

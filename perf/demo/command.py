@@ -3,7 +3,7 @@
 Rollouts run in bfloat16 and record which experts every byte chose. A plan places experts from that
 record. The training side then runs in float32 with the recorded choices forced, its MoE layers
 computed by the megakernel: a forward, and a training step of a policy gradient, forward and
-backward, without a plan and under two. Both are compared with a float64 reference.
+backward under the plan. Both are compared with a float64 reference.
 """
 
 import argparse
@@ -30,7 +30,14 @@ from perf.demo.model import DemoModel, load_model
 from perf.demo.picture import draw
 from perf.demo.policy import micro_batch_of
 from perf.demo.rollout import PROMPT_OF_KIND, RolloutConfig, Rollouts, roll_out
-from perf.demo.step import find_step_failures, take_step, train_all_ways, train_in_reference
+from perf.demo.step import (
+    Job,
+    find_step_failures,
+    gather,
+    take_step,
+    train_all,
+    train_in_reference,
+)
 
 KINDS = list(PROMPT_OF_KIND)
 VIRTUAL_RANKS = 8
@@ -129,13 +136,22 @@ def train(
     batches = [micro_batch_of(rollouts, prompt) for prompt in chosen]
     truth = train_in_reference("reference, float64", oracle, batches)
     eager = train_in_reference("reference, float32", model, batches)
-    placements_of_way = {"megakernel": [None] * len(chosen)} | {
-        f"megakernel, plan for {num_ranks} ranks": [
-            planned_placements(one, prompt, model) for prompt in chosen
-        ]
-        for num_ranks, one in ((VIRTUAL_RANKS, plan), (OTHER_RANKS, other))
-    }
-    ways = train_all_ways(model, batches, placements_of_way, num_processes)
-    report.show_step([KINDS[prompt] for prompt in chosen], batches, truth, [eager, *ways])
-    report.show_update(ways[0].loss, take_step(model, ways[0], batches))
-    return find_step_failures(truth, eager, ways)
+    planned = f"plan for {VIRTUAL_RANKS} ranks"
+    jobs = [
+        Job(planned, batch, planned_placements(plan, prompt, model))
+        for batch, prompt in zip(batches, chosen, strict=True)
+    ]
+    others = [
+        Job("no plan", batches[0], None),
+        Job(
+            f"plan for {OTHER_RANKS} ranks",
+            batches[0],
+            planned_placements(other, chosen[0], model),
+        ),
+    ]
+    trained = train_all(model, [*jobs, *others], num_processes)
+    ours, again = gather(f"megakernel, {planned}", trained[: len(jobs)]), trained[len(jobs) :]
+    report.show_step([KINDS[prompt] for prompt in chosen], truth, eager, ours)
+    report.show_bits(KINDS[chosen[0]], ours.parts[0], again)
+    report.show_update(ours.loss, take_step(model, ours, batches))
+    return find_step_failures(truth, eager, ours, again)

@@ -1,11 +1,11 @@
 """The demo's training step: forward and backward of some micro-batches, whoever computes them.
 
 The gradient of a step is the mean of its micro-batches' gradients. No plan may change a bit of it,
-so the step is made without one, under one and under another.
+so a micro-batch is trained again without one and under another.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ from perf.extras import progress_bar
 
 KINDS = ("router_weight", "gate_up", "down", "all others")
 LEARNING_RATE = 1e-3
-Placements = Sequence[Placement] | None  # of a micro-batch's layers
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Trained:
     """One micro-batch, forward and backward.
 
     Attributes:
+        name: who computed it, under which plan.
         loss: as computed.
         gradients: of every parameter, by its name.
         launches: (of the forward, of the backward) of each layer.
         seconds: of the wall clock.
     """
 
+    name: str
     loss: Tensor
     gradients: dict[str, Tensor]
     launches: list[tuple[int, int]]
@@ -48,21 +49,36 @@ class Way:
     """A training step by one of the ways to compute it.
 
     Attributes:
-        name: who computed it, under which plan.
+        name: who computed it.
         loss: mean over the micro-batches.
         gradients: the same.
-        launches: of each micro-batch, see :class:`Trained`.
-        seconds: of the wall clock, in all.
+        parts: the micro-batches.
     """
 
     name: str
     loss: Tensor
     gradients: dict[str, Tensor]
-    launches: list[list[tuple[int, int]]]
-    seconds: float
+    parts: list[Trained]
 
 
-def train_on(model: DemoModel, batch: MicroBatch, layers: Sequence[MoELayer]) -> Trained:
+@dataclass(frozen=True)
+class Job:
+    """A micro-batch to train in the megakernel, the recorded routing replayed.
+
+    Attributes:
+        name: of the plan.
+        batch: the micro-batch.
+        placements: of each layer under the plan; None without one.
+    """
+
+    name: str
+    batch: MicroBatch
+    placements: Sequence[Placement] | None
+
+
+def train_on(
+    name: str, model: DemoModel, batch: MicroBatch, layers: Sequence[MoELayer]
+) -> Trained:
     """Run a micro-batch forward and backward through the given layers."""
     start = time.perf_counter()
     counters = [TrainedLayer(layer) for layer in layers]
@@ -70,6 +86,7 @@ def train_on(model: DemoModel, batch: MicroBatch, layers: Sequence[MoELayer]) ->
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters)
     return Trained(
+        name,
         loss.detach(),
         dict(zip(names, gradients, strict=True)),
         [(len(counter.forward), len(counter.backward)) for counter in counters],
@@ -77,47 +94,37 @@ def train_on(model: DemoModel, batch: MicroBatch, layers: Sequence[MoELayer]) ->
     )
 
 
-def train_in_kernel(model: DemoModel, batch: MicroBatch, placements: Placements) -> Trained:
-    """Do so in the megakernel, the recorded routing replayed under a plan or none."""
-    return train_on(model, batch, megakernel_layers(model, batch.expert_of_TLK, placements))
+def train_in_kernel(model: DemoModel, job: Job) -> Trained:
+    """Do so in the megakernel."""
+    layers = megakernel_layers(model, job.batch.expert_of_TLK, job.placements)
+    return train_on(job.name, model, job.batch, layers)
 
 
 def train_in_reference(name: str, model: DemoModel, batches: Sequence[MicroBatch]) -> Way:
     """Make a step in plain PyTorch, in the model's dtype, with the recorded experts."""
-    layers = [reference_layers(model, batch.expert_of_TLK) for batch in batches]
-    return gather(name, [train_on(model, *given) for given in zip(batches, layers, strict=True)])
+    parts = [
+        train_on(name, model, batch, reference_layers(model, batch.expert_of_TLK))
+        for batch in batches
+    ]
+    return gather(name, parts)
 
 
-def train_all_ways(
-    model: DemoModel,
-    batches: Sequence[MicroBatch],
-    placements_of_way: Mapping[str, Sequence[Placements]],
-    num_processes: int,
-) -> list[Way]:
-    """Make the same step in the megakernel under each plan.
+def train_all(model: DemoModel, jobs: Sequence[Job], num_processes: int) -> list[Trained]:
+    """Train in the megakernel, with a bar of progress.
 
     Args:
         model: float32, asking for gradients; left as it is.
-        batches: micro-batches of the step.
-        placements_of_way: for each way, the placements of each micro-batch.
+        jobs: what to train.
         num_processes: that share the work; 1 for this one alone.
     """
-    num_ways = len(placements_of_way)
-    placements = [placed for of_batches in placements_of_way.values() for placed in of_batches]
-    jobs = [model] * len(placements), list(batches) * num_ways, placements
     with (
         mapper(num_processes) as spread,
         progress_bar(
-            spread(train_in_kernel, *jobs),
-            total=len(placements), desc="training step", unit="micro-batch",
+            spread(train_in_kernel, [model] * len(jobs), jobs),
+            total=len(jobs), desc="training step", unit="micro-batch",
         ) as done,
     ):  # fmt: skip
-        trained = list(done)
-    size = len(batches)
-    return [
-        gather(name, trained[place * size : (place + 1) * size])
-        for place, name in enumerate(placements_of_way)
-    ]
+        return list(done)
 
 
 @contextmanager
@@ -134,19 +141,13 @@ def mapper(num_processes: int) -> Iterator[Callable[..., Iterable[Trained]]]:
         yield pool.map
 
 
-def gather(name: str, trained: Sequence[Trained]) -> Way:
+def gather(name: str, parts: Sequence[Trained]) -> Way:
     """Return the step that some micro-batches are."""
     gradients = {
-        key: torch.stack([one.gradients[key] for one in trained]).mean(0)
-        for key in trained[0].gradients
+        key: torch.stack([part.gradients[key] for part in parts]).mean(0)
+        for key in parts[0].gradients
     }
-    return Way(
-        name,
-        torch.stack([one.loss for one in trained]).mean(),
-        gradients,
-        [one.launches for one in trained],
-        sum(one.seconds for one in trained),
-    )
+    return Way(name, torch.stack([part.loss for part in parts]).mean(), gradients, list(parts))
 
 
 def errors(way: Way, truth: Way) -> dict[str, float]:
@@ -172,39 +173,37 @@ def kind_of(name: str) -> str:
     return next((kind for kind in KINDS if last.startswith(kind)), KINDS[-1])
 
 
-def same_gradients(one: Way, other: Way) -> bool:
-    """Whether two steps have the same bits in loss and gradients; NaN is equal to nothing."""
+def same_gradients(one: Trained, other: Trained) -> bool:
+    """Whether loss and gradients have the same bits; NaN is equal to nothing."""
     pairs = [(one.gradients[name], other.gradients[name]) for name in one.gradients]
     return all(torch.equal(*pair) for pair in [(one.loss, other.loss), *pairs])
 
 
-def find_step_failures(truth: Way, eager: Way, ways: Sequence[Way]) -> list[str]:
+def find_step_failures(truth: Way, eager: Way, ours: Way, again: Sequence[Trained]) -> list[str]:
     """Return what a step should have shown and did not.
 
     Args:
         truth: in float64.
-        eager: plain PyTorch in the dtype of the ways.
-        ways: the megakernel's, the first of them without a plan.
+        eager: plain PyTorch in the dtype of ours.
+        ours: the megakernel's.
+        again: our first micro-batch without a plan, or under others.
     """
     limits = {kind: MOST_TIMES_EAGER_ERROR * off for kind, off in errors(eager, truth).items()}
     failures = [
-        f"{way.name}: error {off:.1e} of the gradient of {kind} is over {limits[kind]:.1e}"
-        for way in ways
-        for kind, off in errors(way, truth).items()
+        f"{ours.name}: error {off:.1e} of the gradient of {kind} is over {limits[kind]:.1e}"
+        for kind, off in errors(ours, truth).items()
         if not off <= limits[kind]
     ]
     failures += [
-        f"{way.name}: layer {layer} took {launches} launches, forward and backward"
-        for way in ways
-        for of_layers in way.launches
-        for layer, launches in enumerate(of_layers)
+        f"{part.name}: layer {layer} took {launches} launches, forward and backward"
+        for part in (*ours.parts, *again)
+        for layer, launches in enumerate(part.launches)
         if launches != (1, 1)
     ]
-    first, *others = ways
     failures += [
-        f"{way.name}: the plan changed the bits of the gradients"
-        for way in others
-        if not same_gradients(first, way)
+        f"{part.name}: other bits of the gradients than {ours.parts[0].name}"
+        for part in again
+        if not same_gradients(ours.parts[0], part)
     ]
     return failures
 

@@ -29,9 +29,10 @@ def untrained(tmp_path):
 
 def check_demo(out, picture, launches, trained):
     assert all(section in out for section in SECTIONS)
-    assert out.count("the same bits") == 2
+    assert out.count("the same bits") == 3
     assert out.count(launches) == 3
-    assert out.count(f" {trained} | {trained}\n") == 3
+    assert out.count(f" {trained} | {trained}\n") == 1
+    assert out.count(f" {trained}\n") == 3  # two plans more
     assert "DIFFERENT" not in out and "loss" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
