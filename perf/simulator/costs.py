@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megakernel.plan.order import plain
-from megakernel.plan.protocol import NAMES
+from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
 from perf.measuring.roofline import ASSUMED_H200, Roofs
 
 ELEMENT_BYTES = 2
-COMMON_NAMES = tuple(name for name in NAMES if not name.startswith("shared"))
+# Kinds of task that every forward has.
+COMMON_NAMES = tuple(name for name in FORWARD_NAMES if not name.startswith("shared"))
 WGMMA_ROWS = 64
 
 
@@ -290,7 +291,7 @@ class RooflineCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean of each kind of task, as measured; those of a shared expert where there is one.
+    """Mean of each kind of task of a forward, as measured; those of a shared expert if it has one.
 
     Attributes:
         us_of_kind: microseconds by the name of the kind.
