@@ -125,7 +125,8 @@ def _draw_shares(axis: "Axes", timeline: Timeline, unit: str) -> None:
     ]
     middle = (edges[1:] + edges[:-1]) / 2
     labels = [NAMES[kind] for kind in kinds_of(timeline)]
-    for kind, area in zip(kinds_of(timeline), axis.stackplot(middle, shares, labels=labels)):
+    areas = axis.stackplot(middle, shares, labels=labels)
+    for kind, area in zip(kinds_of(timeline), areas, strict=True):
         area.set(**look_of(kind))
     axis.set(xlabel=f"{unit} from the launch", ylabel="share of workers", ylim=(0, 1))
 

@@ -9,7 +9,7 @@ from megakernel.plan.order import plain
 from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
-from perf.measuring.roofline import ASSUMED_H200, Roofs
+from perf.measuring.roofline import ASSUMED_H100, ASSUMED_H200, Roofs
 
 ELEMENT_BYTES = 2
 # Kinds of task that every forward has.
@@ -35,6 +35,8 @@ class Machine:
         activate_us, quick_activate_us, round_us: what lies between the last step of 128 rows by
             256 columns and the next task's first: of FFN1 with the exact and with the approximate
             sigmoid, and of FFN2. Counted instructions of the compiled kernel.
+        derive_us: the same of dH for 128 rows by 128 columns of I, beside its loads of z: an
+            estimate, half as much again as the exact activation.
     """
 
     roofs: Roofs = ASSUMED_H200
@@ -52,9 +54,11 @@ class Machine:
     activate_us: float = 1.6
     quick_activate_us: float = 1.1
     round_us: float = 0.7
+    derive_us: float = 2.4
 
 
 H200 = Machine()
+H100 = Machine(ASSUMED_H100, cache_bytes=50e6)
 
 
 @dataclass(frozen=True, eq=False)
