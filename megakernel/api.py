@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megakernel.autograd import run
 from megakernel.checks.calls import (
     check_call,
     check_placement,
@@ -11,7 +12,6 @@ from megakernel.checks.calls import (
     check_routing_tensors,
     check_size,
 )
-from megakernel.autograd import run
 from megakernel.config import KernelConfig, usual_rows
 from megakernel.experts import Experts
 from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
@@ -51,14 +51,21 @@ def moe(
             from a renormalised sum.
         placement: experts in slots; identity when None. With a replay, the one it was made for.
         config: how to cut the work; None for the shipped default.
+        save: what the forward keeps for a backward: "preactivations" (z, [T·K, 2I] in the dtype of
+            x_TH), or "nothing", when FFN1 is run again inside the backward's launch; the bits are
+            the same. Unused where nothing asks for a gradient.
 
     Returns:
-        MoEOutput: y_TH in the dtype of x_TH.
+        MoEOutput: y_TH in the dtype of x_TH. Differentiable: y_TH, gate_TK and logits_TE, by one
+        launch, with respect to x_TH, the router's weight and bias_E, and all tensors of the
+        experts. Which experts serve a token is a constant. The bits of all gradients depend on
+        what those of y_TH do, and on the incoming gradients.
 
     Raises:
         ValueError: on a bad argument, before any launch; on a GPU also when an earlier launch met
             a bad slot (which it skipped).
         MegakernelStall: when a wait inside a launch ran past its bound.
+        NotImplementedError: from a backward whose own derivative is asked for.
     """
     check_call(x_TH, experts)
     check_router(router_weight_EH, router, experts, x_TH, placement if replay is None else None)
@@ -74,8 +81,7 @@ def moe(
     rows = None if replay is None else (replay.rows, replay.num_tiles)
     layer = x_TH, router_weight_EH, router, experts
     call = routed_call(*layer, out, slots_of(placement), rows, config)
-    y_TH, gate_TK, logits_TE = run(call, save, replay)
-    return out._replace(y_TH=y_TH, gate_TK=gate_TK, logits_TE=logits_TE)
+    return out._replace(**run(call, save, replay, experts.main_grad))
 
 
 def moe_routed(
@@ -97,9 +103,11 @@ def moe_routed(
         experts: weights, dtype of x_TH.
         placement: experts in slots; identity when None.
         config: how to cut the work; None for the shipped default.
+        save: see :func:`moe`.
 
     Returns:
-        y_TH: [T, H], dtype of x_TH.
+        y_TH: [T, H], dtype of x_TH. Differentiable with respect to x_TH, gate_TK and all tensors
+        of the experts; see :func:`moe`.
 
     Raises:
         ValueError: on a bad argument, before any launch. On a GPU ids are not looked at, since
@@ -115,7 +123,7 @@ def moe_routed(
     check_size(shape_TK, placement, experts, config)
     y_TH, places = torch.empty_like(x_TH), slots_of(placement)
     call = given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config)
-    return run(call, save, None).y_TH
+    return run(call, save, None, experts.main_grad)["y_TH"]
 
 
 def prepare_replay(

@@ -46,10 +46,10 @@ def rows_product(
 def store_gradient(start, offset, inside, acc, is_added, C: tl.constexpr):
     """Write a tile of a gradient, or add it to what is there; each is added to by one task."""
     place = start + offset
-    DTYPE: tl.constexpr = start.dtype.element_ty
-    if DTYPE == tl.float32:
+    dtype: tl.constexpr = start.dtype.element_ty
+    if dtype == tl.float32:
         acc += tl.load(place, mask=inside & (is_added != 0), other=0.0)
-    tl.store(place, rounded(acc, DTYPE, C), mask=inside)
+    tl.store(place, rounded(acc, dtype, C), mask=inside)
 
 
 @triton.jit
@@ -200,7 +200,9 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
         dlogits = rounded(load_dlogits(start, expert, b, size, C), DTYPE, C)
         mask = (token < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
         place = token.to(tl.int64)[:, None] * C.hidden + column[None, :]
-        x = tl.load(b.x_TH + place, mask=mask, other=0.0)
+        # A token that nothing reaches, as padding is, may hold anything.
+        is_reached = tl.max((dlogits != 0.0).to(tl.int32), 1) > 0
+        x = tl.load(b.x_TH + place, mask=mask & is_reached[:, None], other=0.0)
         acc = dot(dlogits.T, x.to(DTYPE), acc, C)
     inside = (expert < C.num_experts)[:, None] & (column < C.hidden)[None, :]
     offset = expert[:, None] * C.hidden + column[None, :]
@@ -245,9 +247,7 @@ def dbias_tile(expert, block, b, size, C: tl.constexpr):
             place = b.rows.assignment_of_C + first + ordinal
             assignment = tl.load(place, mask=inside, other=0)
             gate = tl.load(b.routing.gate_TK + assignment, mask=inside, other=0.0)
-            dy = load_columns(
-                b.incoming.dy_TH, assignment // C.top_k, inside, column, C.hidden
-            )
+            dy = load_columns(b.incoming.dy_TH, assignment // C.top_k, inside, column, C.hidden)
             total += tl.sum(gate.to(tl.float32)[:, None] * dy, 0)
     if is_first and b.gradients.gate_up_bias_E2I is not None:
         store_columns(b.gradients.gate_up_bias_E2I, expert, column, C.z_width, total, C)

@@ -118,9 +118,7 @@ def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory)
     if spec.timed:
         control = control._replace(times=memory.times)
     rows = memory.rows if spec.makes_rows else b.rows
-    return b._replace(
-        experts=experts, rows=rows, scratch=scratch, saved=saved, control=control
-    )
+    return b._replace(experts=experts, rows=rows, scratch=scratch, saved=saved, control=control)
 
 
 def resolve_workers(config: KernelConfig, device: torch.device) -> int:
