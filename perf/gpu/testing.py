@@ -88,4 +88,5 @@ def compiled() -> Iterator[Path]:
     """Yield the compiled kernels in Triton's cache."""
     folder = os.environ.get("TRITON_CACHE_DIR")
     if folder:
-        yield from Path(folder).glob("*/moe_kernel.cubin")
+        for kernel in ("moe_kernel", "backward_kernel"):
+            yield from Path(folder).glob(f"*/{kernel}.cubin")

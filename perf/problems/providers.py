@@ -109,9 +109,11 @@ def ours_given(problem: Problem) -> Call:
     )
 
 
-def configured_call(problem: Problem, route: str, config: megakernel.KernelConfig) -> Call:
+def configured_call(
+    problem: Problem, route: str, config: megakernel.KernelConfig, save: str = "preactivations"
+) -> Call:
     """Return our call with a config, on the live or the replay route."""
-    experts = megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI)
+    experts = experts_of(problem)
     replay = None
     if route == "replay":
         replay = megakernel.prepare_replay(
@@ -120,7 +122,13 @@ def configured_call(problem: Problem, route: str, config: megakernel.KernelConfi
     router = megakernel.Router(problem.top_k)
     return lambda: (
         megakernel.moe(
-            problem.x_TH, problem.router_EH, experts, router, replay=replay, config=config
+            problem.x_TH,
+            problem.router_EH,
+            experts,
+            router,
+            replay=replay,
+            config=config,
+            save=save,
         ).y_TH
     )
 

@@ -20,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megakernel import Experts, MainGrad
 from megakernel.launch.call import Call
 from perf.gpu.child import Context
-from perf.gpu.plans import LADDER
+from perf.gpu.plans import BACKWARD_LADDER, LADDER
 from perf.gpu.recording import recording, untouched
 from perf.gpu.testing import DESELECTED
 
@@ -40,6 +41,15 @@ def draw_nothing(*shape: int, std: float, dtype: torch.dtype, device: torch.devi
     return untouched(*shape, dtype=dtype)
 
 
+def make_nothing(experts: Experts, way: Any) -> MainGrad | None:
+    """Return float32 buffers that take no memory, where a way of training has them."""
+    if not way.main_grad:
+        return None
+    weights = experts.gate_up_E2IH, experts.down_EHI
+    made = (untouched(*weight.shape, dtype=torch.float32) for weight in weights)
+    return MainGrad(*made, grad_added_to_main_grad=way.adds is not None)
+
+
 # What is looked up where it is defined: truths, comparisons, and what only a GPU has.
 STUBS: dict[str, Any] = {
     "tests.gpu.layers.draw": draw_nothing,
@@ -50,6 +60,10 @@ STUBS: dict[str, Any] = {
     "tests.gpu.checks.assert_gate_is_right": lambda inputs, out: None,
     "tests.gpu.checks.assert_within": lambda *given: 0.0,
     "tests.gpu.checks.fail": lambda text: None,
+    "tests.gpu.gradients.assert_right": lambda *given: 0.0,
+    "tests.gpu.gradients.assert_same_gradients": lambda *given: None,
+    "tests.gpu.gradients.compare_buffers": lambda *given: None,
+    "tests.gpu.gradients.make_buffers": make_nothing,
     "tests.helpers.compare.relative_error": lambda **tensors: 0.0,
     "tests.helpers.compare.assert_same_bits": lambda **tensors: None,
     "tests.helpers.inputs.eager": like_tokens,
@@ -193,17 +207,26 @@ def cases_of(mark: pytest.Mark) -> Iterator[dict[str, Any]]:
 
 
 def record_ladder() -> Recorded:
-    """Run the rungs of the ladder that every run climbs."""
+    """Run the rungs of both ladders that every run climbs."""
     with listening() as recorded, tempfile.TemporaryDirectory() as folder:
-        module = load(HERE / "ladder.py")
-        module.program = load(HERE / "smallest.py")  # type: ignore[attr-defined]
-        module.REPEATS = 1  # type: ignore[attr-defined]  # one launch says what all would
+        modules = {"tests.gpu.ladder": load(HERE / "ladder.py")}
+        modules["tests.gpu.backward_ladder"] = load(HERE / "backward_ladder.py")
+        # One launch says what all would; nobody wrote what would be compared.
+        replaced = {"program": load(HERE / "smallest.py"), "REPEATS": 1, "count_different": zero}
+        for module in modules.values():
+            vars(module).update(replaced)
         context = Silent(Path(folder), Path(folder))
-        for step in LADDER:
+        for step in (*LADDER, *BACKWARD_LADDER):
             if not step.explains:
-                function = getattr(module, step.call.partition(":")[2])
+                place, _, name = step.call.partition(":")
+                function = getattr(modules[place], name)
                 recorded.run(step.name, lambda step=step, f=function: f(context, *step.arguments))
     return recorded
+
+
+def zero(*given: object) -> Tensor:
+    """Return a count of nothing."""
+    return torch.zeros(1, dtype=torch.int64)
 
 
 def calls_of_tests() -> list[Call]:
