@@ -5,7 +5,7 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import dot, rounded
 from megakernel.device.derivatives import gated_with_slopes
-from megakernel.device.ffn import add_product, product, store_halves, store_rows
+from megakernel.device.ffn import product, store_halves, store_rows
 from megakernel.device.shared import slice_of
 
 
@@ -140,7 +140,7 @@ def shared_dx_tile(tile, block, b, size, C: tl.constexpr):
         if C.expert.has_gate:
             acc = product(dz_start, inside, b.shared.gate_JH, slice_index, first, W, C)
             up_start = dz_start + C.intermediate
-            acc = add_product(acc, up_start, inside, b.shared.up_JH, slice_index, first, W, C)
+            acc = product(up_start, inside, b.shared.up_JH, slice_index, first, W, C, acc)
         else:
             acc = product(dz_start, inside, b.shared.up_JH, slice_index, first, W, C)
         store_dx(acc, tile, h_block, inside, b, C)

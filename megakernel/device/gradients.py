@@ -119,16 +119,18 @@ def shared_dgate_up_tile(tile, block, b, size, C: tl.constexpr):
 
     Reads: dz_C2I, x_TH. Writes: its tiles of the gradient of the shared gate or up.
     """
-    MATRICES: tl.constexpr = 2 if C.expert.has_gate else 1
+    MATRICES: tl.constexpr = C.shared_matrices
     slice_index, matrix = tile // MATRICES, tile % MATRICES
+    if C.expert.has_gate and not C.gradients.shared_gate:
+        matrix = 1
     rows = (slice_index * (size.shared_tiles // C.num_slices) * C.block_rows, size.num_tokens)
     i = block // C.dx_tasks * C.block_i + tl.arange(0, C.block_i)
     left_column = tl.where(i < C.intermediate, matrix * C.intermediate + i, C.z_width)
     row = slice_index * C.intermediate + i
     exists = (i < C.intermediate) & (row < C.shared_width)
-    out = b.gradients.shared_up_JH
-    if C.expert.has_gate and matrix == 0:
-        out = b.gradients.shared_gate_JH
+    out = b.gradients.shared_gate_JH if C.gradients.shared_gate else b.gradients.shared_up_JH
+    if MATRICES == 2 and matrix == 1:
+        out = b.gradients.shared_up_JH
     first_block = block % C.dx_tasks * C.dx_per_task
     for h_block in range(first_block, min(first_block + C.dx_per_task, C.h_blocks)):
         column = h_block * C.block_h + tl.arange(0, C.block_h)
