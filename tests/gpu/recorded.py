@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakernel import Experts, MainGrad
 from megakernel.launch.call import Call
 from perf.gpu.child import Context
 from perf.gpu.plans import BACKWARD_LADDER, LADDER
@@ -41,13 +40,19 @@ def draw_nothing(*shape: int, std: float, dtype: torch.dtype, device: torch.devi
     return untouched(*shape, dtype=dtype)
 
 
-def make_nothing(experts: Experts, way: Any) -> MainGrad | None:
-    """Return float32 buffers that take no memory, where a way of training has them."""
-    if not way.main_grad:
-        return None
-    weights = experts.gate_up_E2IH, experts.down_EHI
-    made = (untouched(*weight.shape, dtype=torch.float32) for weight in weights)
-    return MainGrad(*made, grad_added_to_main_grad=way.adds is not None)
+def full_of_nothing(tensor: Tensor, value: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what takes no memory, in the shape of a tensor."""
+    return untouched(*tensor.shape, dtype=dtype or tensor.dtype)
+
+
+def leaves_without_copies(inputs: Any) -> dict[str, Tensor]:
+    """Return a layer's tensors, asking for gradients, as the GPU's tests of training name them."""
+    experts = inputs.experts
+    tensors = {
+        "x": inputs.x_TH, "router": inputs.router_EH, "gate_up": experts.gate_up_E2IH,
+        "down": experts.down_EHI,
+    }  # fmt: skip
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 # What is looked up where it is defined: truths, comparisons, and what only a GPU has.
@@ -63,18 +68,19 @@ STUBS: dict[str, Any] = {
     "tests.gpu.gradients.assert_right": lambda *given: 0.0,
     "tests.gpu.gradients.assert_same_gradients": lambda *given: None,
     "tests.gpu.gradients.compare_buffers": lambda *given: None,
-    "tests.gpu.gradients.make_buffers": make_nothing,
     "tests.helpers.compare.relative_error": lambda **tensors: 0.0,
     "tests.helpers.compare.assert_same_bits": lambda **tensors: None,
     "tests.helpers.inputs.eager": like_tokens,
     "tests.helpers.inputs.truth": lambda inputs, ids_TK, renormalize=True: inputs.x_TH,
     "tests.helpers.inputs.poison_scratch": lambda: None,
+    "torch.full_like": full_of_nothing,
     "torch.compile": lambda function, **options: function,
     "torch.profiler.profile": MagicMock(),
     "torch.cuda.CUDAGraph": MagicMock(),
     "torch.cuda.Stream": MagicMock(),
     "torch.cuda.graph": MagicMock(),
     "torch.cuda.stream": MagicMock(),
+    "torch.cuda.current_stream": MagicMock(),
     "torch.cuda.synchronize": MagicMock(),
     "torch.cuda.memory_stats": MagicMock(),
     "torch.cuda.set_sync_debug_mode": MagicMock(),
@@ -82,6 +88,7 @@ STUBS: dict[str, Any] = {
 # What is replaced in the module itself, where it has the name.
 NAMES: dict[str, Any] = {
     "device_work": lambda call, trace: [call()],
+    "leaves_of": leaves_without_copies,
     "subprocess": MagicMock(),
     "pytest": SimpleNamespace(
         raises=lambda *given, **options: contextlib.suppress(Exception),

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import megakernel
 from megakernel.config import ROWS64
 from tests.gpu.checks import fitting
 from tests.gpu.gradients import (
     WEIGHTS,
-    Trained,
     Way,
     assert_buffers_are_kept,
     assert_right,
@@ -101,20 +99,3 @@ def test_a_warm_backward_never_synchronises(cuda: torch.device) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(found) == len(leaves)
-
-
-def test_a_graph_holds_a_whole_step(cuda: torch.device) -> None:
-    inputs = make_inputs(PLAIN, cuda)
-    expected = train(inputs, SMALL)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        train(inputs, SMALL, between=lambda: None)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured: Trained = train(inputs, SMALL, between=lambda: None)
-    for _ in range(3):
-        for gradient in captured.gradients.values():
-            gradient.fill_(torch.nan)
-        graph.replay()
-        assert_same_gradients("graph", captured, expected)
-    megakernel.check()
