@@ -115,8 +115,11 @@ def untouched(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def untouched_main_grad(problem: Problem) -> MainGrad:
     """Return float32 buffers for a problem's weights that take no memory either."""
-    weights = problem.gate_up_E2IH, problem.down_EHI
-    return MainGrad(*(untouched(*weight.shape, dtype=torch.float32) for weight in weights))
+    gate_up, down = (
+        untouched(*weight.shape, dtype=torch.float32)
+        for weight in (problem.gate_up_E2IH, problem.down_EHI)
+    )
+    return MainGrad(gate_up, down)
 
 
 def stand_in_problem(case: Case) -> Problem:

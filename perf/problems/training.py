@@ -118,12 +118,11 @@ def make_step(provider: Provider, problem: Problem, part: str = "train") -> Step
 
 def make_main_grad(problem: Problem) -> MainGrad:
     """Return float32 buffers of zeros, to which a first backward may add."""
-    return MainGrad(
-        *(
-            torch.zeros_like(weight, dtype=torch.float32)
-            for weight in (problem.gate_up_E2IH, problem.down_EHI)
-        )
+    gate_up, down = (
+        torch.zeros_like(weight, dtype=torch.float32)
+        for weight in (problem.gate_up_E2IH, problem.down_EHI)
     )
+    return MainGrad(gate_up, down)
 
 
 def true_gradients(problem: Problem) -> Gradients:
