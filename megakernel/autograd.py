@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megakernel.checks.calls import check_gradient_tiles
 from megakernel.checks.tensors import check_no_tangent
+from megakernel.config import SAVES
 from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.op import launcher
@@ -27,7 +28,6 @@ from megakernel.plan.buffers import (
 )
 from megakernel.replay import Replay
 
-SAVES = ("preactivations", "nothing")
 MAIN = ("gate_up_E2IH", "down_EHI")  # weights that a MainGrad has buffers for
 
 # What can have a gradient, by dotted name, and where a backward launch puts it.
@@ -74,8 +74,16 @@ def run_for_gradients(
 
     Returns:
         those results that have a gradient, by name.
+
+    Raises:
+        ValueError: for tiles that the interpreter cannot hold; for main_grad under torch.compile.
     """
     check_gradient_tiles(call.rule.config)
+    if main_grad is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "main_grad must be None under torch.compile, which would take what is in "
+            f"grad_added_to_main_grad now, {main_grad.grad_added_to_main_grad}, for a constant"
+        )
     call = with_saved(call, save)
     inputs = differentiable_of(call)
     by_expert = None if replay is None else replay.by_expert()

@@ -116,6 +116,21 @@ class BackwardSpec(KernelSpec):
         """Rows, tokens or experts of a step where those are the depth of a product."""
         return min(self.step, self.block_rows)
 
+    @cached_property
+    def dh_columns(self) -> int:
+        """Columns of dH finished at a time: more, and what they need would not fit registers."""
+        return min(self.block_i, 32)
+
+    @cached_property
+    def stored_columns(self) -> int:
+        """Columns of a product stored at a time: the fewer, the fewer addresses are held."""
+        return min(self.block_h, 64)
+
+    @cached_property
+    def gather_stages(self) -> int:
+        """Stages of a loop whose loads need a lookup each: Triton gives half of them to that."""
+        return 2 * min(self.num_stages, 3) - 1
+
     # Tasks per tile of what writes the gradient of a weight; see KINDS for what a tile is.
 
     @cached_property
@@ -224,19 +239,24 @@ class BackwardSpec(KernelSpec):
     # Shapes of tiles held in registers, as the device code names them.
 
     @cached_property
-    def gate_up_tile(self) -> tuple[int, int]:
-        """[block_i, block_h]"""
+    def gradient_tile(self) -> tuple[int, int]:
+        """[block_i, block_h], of dGateUp and, turned, of dDown"""
         return self.block_i, self.block_h
 
     @cached_property
-    def down_tile(self) -> tuple[int, int]:
-        """[block_h, block_i]"""
-        return self.block_h, self.block_i
+    def router_tile(self) -> tuple[int, int]:
+        """[step, block_experts]"""
+        return self.step, self.block_experts
 
     @cached_property
-    def router_tile(self) -> tuple[int, int]:
-        """[block_experts, step]"""
-        return self.block_experts, self.step
+    def expert_row(self) -> tuple[int]:
+        """[block_experts]"""
+        return (self.block_experts,)
+
+    @cached_property
+    def turned_tile(self) -> tuple[int, int]:
+        """[block_h, combine_tokens]"""
+        return self.block_h, self.combine_tokens
 
     @cached_property
     def h_row(self) -> tuple[int]:

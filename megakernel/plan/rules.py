@@ -51,8 +51,8 @@ class GradientRule:
 
     Attributes:
         x, router, router_bias, gate_up, down, gate_up_bias, down_bias, gates, shared_gate,
-            shared_up, shared_down, token_gate: whether the gradient of each is asked for; ``gates`` of given
-            weights alone.
+            shared_up, shared_down, token_gate: whether the gradient of each is asked for;
+            ``gates`` of given weights alone.
         weighs: whether the router makes the weights, so that they lead on to its logits.
         token_gated: whether the shared expert has a token gate, which leads on to the tokens.
         recomputes: whether FFN1 is run again, since its sums were not kept.

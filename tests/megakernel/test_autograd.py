@@ -211,6 +211,20 @@ def test_torch_compile_takes_forward_and_backward(backend: str, baseline):
         assert_same_bits(actual=leaf.grad, expected=expected[name].grad)
 
 
+def test_torch_compile_refuses_main_grad_whose_flag_it_would_take_for_a_constant(baseline):
+    _, problem, _ = baseline
+    problem, _ = with_leaves(problem)
+    inputs, experts = problem.inputs, problem.inputs.experts
+    main_grad = MainGrad(experts.gate_up_E2IH.detach().clone(), experts.down_EHI.detach().clone())
+
+    def layer(x_TH: torch.Tensor) -> torch.Tensor:
+        own = Experts(experts.gate_up_E2IH, experts.down_EHI, main_grad=main_grad)
+        return moe(x_TH, inputs.router_EH, own, problem.router, config=CONFIG).y_TH
+
+    with pytest.raises(Exception, match="main_grad must be None"):
+        torch.compile(layer, fullgraph=True, backend="eager")(inputs.x_TH)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_runs_the_forward_again_with_the_same_bits(use_reentrant: bool, baseline):
     _, problem, _ = baseline
