@@ -103,12 +103,14 @@ class BackwardCosts(RooflineCosts):
         missed = self.read(("down", expert, task.block), weight_bytes)
         missed += self._gathered(("dy", task.tile), rows)
         missed += self.read(("z", task.tile, task.block), z_bytes)
-        written = z_bytes + z_bytes / 2  # dz, and A
+        # dz and A, with zeros in the rows that the tile lacks.
+        written = 3 * spec.block_rows * spec.block_i * ELEMENT_BYTES
         self.write(("dz", task.tile), written)
         self.remember(("dz", expert, task.block), ("a", expert, task.block))
         area = 2 * spec.block_rows * spec.block_i
         end_us = self._end_us(machine.derive_us, area, written, busy)
-        z_us = machine.latency_us + self._read_us(z_bytes, busy)
+        # z is read some columns at a time, and the next ones when those are done.
+        z_us = spec.block_i / spec.dh_columns * machine.latency_us + self._read_us(z_bytes, busy)
         steps_us = self._block_us(spec.block_rows, spec.block_i, rows, spec.hidden, busy)
         fixed_us = 2 * machine.table_us + machine.latency_us + z_us + end_us
         return Demand(fixed_us, steps_us, missed + written)
@@ -126,8 +128,7 @@ class BackwardCosts(RooflineCosts):
         self.write(("dx", task.tile), written * len(blocks))
         area = spec.block_rows * spec.block_h
         end_us = self._end_us(machine.round_us, area, written, busy)
-        fills = 1 if spec.flattened else len(blocks)
-        fixed_us = machine.table_us + fills * machine.latency_us + len(blocks) * end_us
+        fixed_us = machine.table_us + len(blocks) * (machine.latency_us + end_us)
         steps_us = self._block_us(spec.block_rows, spec.block_h, rows, spec.z_width, busy)
         return Demand(fixed_us, len(blocks) * steps_us, missed + written * len(blocks))
 
@@ -146,9 +147,11 @@ class BackwardCosts(RooflineCosts):
         stored = ELEMENT_BYTES if self.gradients == "bfloat16" else FLOAT_BYTES
         end_us = self._end_us(machine.round_us, area, area * stored, busy)
         if self.gradients == "added":
-            end_us += machine.latency_us + self._read_us(area * FLOAT_BYTES, busy)
-        # Which rows are read is read a step ahead of them; the loops over blocks stay two.
-        in_flight = max(spec.num_stages - 2, 1)
+            # Some columns at a time: the next ones are read when those are stored.
+            end_us += spec.block_h / spec.stored_columns * machine.latency_us
+            end_us += self._read_us(area * FLOAT_BYTES, busy)
+        # Which rows are read is read ahead of them, which takes half of the stages.
+        in_flight = max(spec.gather_stages // 2, 1)
         steps = -(-rows // spec.grad_step)
         depth = steps * spec.grad_step
         steps_us = max(
