@@ -12,7 +12,7 @@ from perf.extras import why_missing
 from perf.sources import calls_of, first_line, functions_of, parse
 from perf.suites.table import SUITES
 
-PROVIDER_MODULES = ("perf.problems.providers", "perf.problems.peers")
+PROVIDER_MODULES = ("perf.problems.providers", "perf.problems.training", "perf.problems.peers")
 SHAPE_MODULES = ("megakernel.tools.models", "perf.problems.cases")
 
 

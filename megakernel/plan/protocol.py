@@ -27,6 +27,7 @@ KINDS = (
     ("dTokenGate", "H block {tile}"),
 )
 NAMES = tuple(name for name, _ in KINDS)
+FORWARD_NAMES = NAMES[: NAMES.index("shared dH")]  # the others are of backward launches
 
 
 class Protocol:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megakernel.launch.workspace import workspace_for
-from megakernel.plan.protocol import NAMES
+from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +48,15 @@ class Timeline:
         return float((self.end_N - self.start_N).sum() / (self.num_workers * self.launch_us))
 
     def us_of_kind(self) -> dict[str, float]:
-        """Return microseconds per worker in each kind of task, in claims and in waits."""
+        """Return microseconds per worker in each kind of task, in claims and in waits.
+
+        Kinds of a backward are there only if there is such a task.
+        """
         spent_N = self.end_N - self.start_N
         spent = {
             name: float(spent_N[self.kind_N == kind].sum()) / self.num_workers
             for kind, name in enumerate(NAMES)
+            if name in FORWARD_NAMES or kind in self.kind_N
         }
         spent["claim"] = float((self.claim_N - self.ask_N).sum()) / self.num_workers
         spent["wait"] = float((self.start_N - self.claim_N).sum()) / self.num_workers

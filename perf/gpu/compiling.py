@@ -22,7 +22,11 @@ from perf.gpu.recording import distinct
 
 # What a run will launch: functions that return calls; those of the tests know the tests' bodies.
 SOURCES = {
-    "first": ("tests.gpu.recorded:calls_of_ladder", "perf.gpu.timing:calls"),
+    "first": (
+        "tests.gpu.recorded:calls_of_ladder",
+        "perf.gpu.timing:calls",
+        "perf.gpu.training:calls",
+    ),
     "second": (
         "tests.gpu.recorded:calls_of_tests",
         "perf.gpu.suites:calls",
@@ -103,10 +107,15 @@ def name_of(call: Call) -> str:
     rule, experts = call.rule, call.buffers.experts.down_EHI
     shape = "" if experts is None else "x".join(map(str, experts.shape))
     dtype = str(call.tokens.dtype).removeprefix("torch.")
-    timed = " timed" if rule.config.record_times else ""
     config = rule.config
+    marks = " timed" if config.record_times else ""
+    if call.buffers.saved.z_A2I is not None:
+        marks += " z"
+    kept = call.buffers.gradients.down_EHI
+    if kept is not None and kept.dtype != call.tokens.dtype:
+        marks += " to float32"
     return (f"{rule.stages} {rule.route} {rule.split} {dtype} EHI {shape} "
-            f"rows{config.block_rows} groups{config.column_groups}{timed}")  # fmt: skip
+            f"rows{config.block_rows} groups{config.column_groups}{marks}")  # fmt: skip
 
 
 class Warm:
@@ -148,8 +157,9 @@ def compile_call(call: Call) -> str:
     from megakernel.tools.compile_check import Sm90
 
     triton.runtime.driver.set_active(Sm90())
-    warm = Warm(run.moe_kernel)
-    with patch.object(run, "moe_kernel", warm):
+    name = "backward_kernel" if call.rule.stages == "backward" else "moe_kernel"
+    warm = Warm(getattr(run, name))
+    with patch.object(run, name, warm):
         run.launch(call)
     return why_no_launcher(warm.compiled)
 

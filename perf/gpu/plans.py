@@ -14,10 +14,15 @@ REHEARSAL_FACTOR = 4.0
 # What is timed: the layer of a model at some number of tokens.
 TIMED = (("Qwen3-30B-A3B", 8192), ("Qwen3-30B-A3B", 64), ("Qwen3-30B-A3B", 1),
          ("Mixtral-8x7B", 8192))  # fmt: skip
-SUITE_SECONDS = {"forward": 50.0, "decode": 35.0, "replay": 30.0, "timeline": 30.0}
+# What of that is trained.
+TRAINED = (TIMED[0], TIMED[3])
+SUITE_SECONDS = {
+    "forward": 40.0, "decode": 25.0, "replay": 25.0, "timeline": 25.0, "backward": 40.0,
+    "train": 30.0,
+}  # fmt: skip
 # Other people's kernels may compile for minutes, or hang: they come last, and time ours beside
 # them once more.
-PEER_SECONDS = {"forward": 60.0, "decode": 40.0}
+PEER_SECONDS = {"forward": 60.0, "decode": 40.0, "train": 40.0}
 TEST_SECONDS = 140.0
 
 
@@ -39,6 +44,28 @@ LADDER = (
     replace(ladder("levers", "levers"), stops=False),
     ladder("stall", "stall"),
 )
+
+
+def backward_rung(name: str, function: str, *arguments: str) -> Step:
+    """Return a rung of the backward's ladder, which comes when the forward has its times."""
+    return Step(name, f"tests.gpu.backward_ladder:{function}", arguments)
+
+
+BACKWARD_LADDER = (
+    backward_rung("backward-small", "small_cases"),
+    backward_rung("backward-rows16-T64", "one_layer", "rows16", "64"),
+    backward_rung("backward-rows128-T4096", "one_layer", "rows128", "4096"),
+    backward_rung("backward-bits", "same_bits"),
+    backward_rung("backward-repeats", "repeats"),
+    backward_rung("backward-stall", "stall"),
+)
+
+
+def training(model: str, num_tokens: int) -> Step:
+    """Return the step that times a layer's backward by graph."""
+    name = f"time-backward-{model}-T{num_tokens}"
+    function = "perf.gpu.training:time_backward"
+    return Step(name, function, (model, str(num_tokens)), stops=False)
 
 
 def timing(model: str, num_tokens: int) -> Step:
@@ -64,6 +91,8 @@ FIRST = Plan(
         *LADDER,
         *(timing(*timed) for timed in TIMED),
         Step("timeline", "perf.gpu.timing:timed_launch", (TIMED[0][0], "8192"), stops=False),
+        *BACKWARD_LADDER,
+        *(training(*trained) for trained in TRAINED),
     ),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from megakernel import MainGrad
 from megakernel.config import usual_rows
 from megakernel.launch import tuned
 from megakernel.launch.call import Call, make_spec
@@ -49,6 +50,7 @@ def recording() -> Iterator[list[Call]]:
             assignments, experts, GPU
         ),
         "megakernel.launch.tuned.gpu_name": lambda index: gpu_here(),
+        "perf.problems.training.make_main_grad": untouched_main_grad,
     }
     with ExitStack() as stack:
         for name, value in replaced.items():
@@ -109,6 +111,15 @@ def untouched(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = mmap.mmap(-1, max(prod(shape), 1) * dtype.itemsize, flags)
     return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)
+
+
+def untouched_main_grad(problem: Problem) -> MainGrad:
+    """Return float32 buffers for a problem's weights that take no memory either."""
+    gate_up, down = (
+        untouched(*weight.shape, dtype=torch.float32)
+        for weight in (problem.gate_up_E2IH, problem.down_EHI)
+    )
+    return MainGrad(gate_up, down)
 
 
 def stand_in_problem(case: Case) -> Problem:

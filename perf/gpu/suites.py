@@ -15,13 +15,15 @@ from perf.measuring.roofline import Roofs
 from perf.problems.cases import Case
 from perf.problems.peers import PEERS
 from perf.problems.providers import OURS, PLAIN, Provider
+from perf.problems.training import OURS_TRAINING, PASSES, make_step
 from perf.results import record
 from perf.suites.bench import Bench
 from perf.suites.command import run_suite
 from perf.suites.layer import QUICK_MODELS, SIZES, cases_of
 from perf.suites.timeline import ROUTES, timed_cases, timed_providers
+from perf.suites.training import training_cases
 
-CERTAIN = tuple(provider.name for provider in (*OURS, *PLAIN))
+CERTAIN = tuple(provider.name for provider in (*OURS, *OURS_TRAINING, *PLAIN))
 SHOWN = 6  # figures in the text
 
 
@@ -77,11 +79,15 @@ def calls() -> list[Call]:
     untimed = [case for name in SUITE_SECONDS if name in SIZES for case in cases_of(name, bench)]
     wanted: list[tuple[Case, tuple[Provider, ...]]] = [(case, OURS) for case in untimed]
     wanted += [(case, timed(case)) for case in timed_cases(bench)]
+    trained = training_cases(bench) if set(PASSES) & SUITE_SECONDS.keys() else []
     with recording() as found:
         for case, providers in wanted:
             problem = stand_in_problem(case)
             for provider in providers:
                 provider.prepare(problem)()
+        for problem in map(stand_in_problem, trained):
+            for provider in OURS_TRAINING:
+                make_step(provider, problem)()
     return found
 
 

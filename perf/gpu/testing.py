@@ -11,7 +11,11 @@ from perf.gpu.child import Context
 from perf.sources import ROOT
 
 # Under the sanitizer the smallest case takes minutes, and Inductor compiles for half of one.
-DESELECTED = ("test_the_sanitizer_finds_nothing", "test_inductor_compiles_the_whole_layer")
+DESELECTED = {
+    "test_the_sanitizer_finds_nothing": "test_gpu_launch.py",
+    "test_inductor_compiles_the_whole_layer": "test_gpu_graphs.py",
+    "test_torch_compile_takes_forward_and_backward": "test_gpu_training.py",
+}
 # Less than what the supervisor bears in silence: pytest says where a test hangs.
 TEST_S = 35
 MOST_FAILURES = 8
@@ -76,9 +80,8 @@ def command(rehearse: bool) -> list[str]:
              "-W", "default", "--rootdir", str(ROOT)]  # fmt: skip
     if find_spec("pytest_timeout"):
         given += ["-p", "pytest_timeout", f"--timeout={TEST_S}", "--timeout-method=thread"]
-    for name in DESELECTED:
-        given += ["--deselect", f"tests/gpu/test_gpu_launch.py::{name}",
-                  "--deselect", f"tests/gpu/test_gpu_graphs.py::{name}"]  # fmt: skip
+    for name, module in DESELECTED.items():
+        given += ["--deselect", f"tests/gpu/{module}::{name}"]
     if rehearse:
         given += ["--interpret-gpu-tests", "-k", REHEARSED]
     return [*given, "-m", "gpu and not slow", str(ROOT / "tests" / "gpu")]
@@ -88,4 +91,5 @@ def compiled() -> Iterator[Path]:
     """Yield the compiled kernels in Triton's cache."""
     folder = os.environ.get("TRITON_CACHE_DIR")
     if folder:
-        yield from Path(folder).glob("*/moe_kernel.cubin")
+        for kernel in ("moe_kernel", "backward_kernel"):
+            yield from Path(folder).glob(f"*/{kernel}.cubin")

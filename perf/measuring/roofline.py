@@ -56,6 +56,42 @@ def useful_work(model: ExpertWidths, num_tokens: int, load_E: np.ndarray) -> Wor
     return Work(flops, 2.0 * float(weights + 2 * num_tokens * model.hidden))
 
 
+# Bytes that move for each element of a weight's gradient: written in bfloat16, written in float32
+# (the first micro-batch of a step), or read and written in float32 (every later one).
+GRADIENT_BYTES = {"bfloat16": 2, "float32": 4, "added": 8}
+
+
+def backward_work(
+    model: ExpertWidths,
+    num_tokens: int,
+    load_E: np.ndarray,
+    gradients: str = "bfloat16",
+    save: str = "preactivations",
+) -> Work:
+    """Count the work of a backward that is asked for everything.
+
+    flops = 12·A·H·I: dA, dx of the rows, and two gradients of weights, each of them as much as the
+    forward's product of the same weight; 16·A·H·I where FFN1 is run again. bytes = weights of the
+    experts that serve an assignment, their gradients, tokens and the output's gradient in, the
+    tokens' gradient out, and what the forward saved. The rest could stay on chip.
+
+    Args:
+        model: sizes.
+        num_tokens: T.
+        load_E: assignments of each expert.
+        gradients: key of GRADIENT_BYTES, of the expert weights; overwritten ones are written for
+            every expert, with zeros where none was chosen.
+        save: as in ``megakernel.moe``.
+    """
+    H, I, served = model.hidden, model.intermediate, int(np.count_nonzero(load_E))
+    again = 4.0 if save == "nothing" else 0.0
+    flops = (12.0 + again) * float(load_E.sum()) * H * I
+    written = served if gradients == "added" else len(load_E)
+    weights = 3 * H * I * (2 * served + GRADIENT_BYTES[gradients] * written)
+    saved = 0 if save == "nothing" else 2 * 2 * int(load_E.sum()) * I
+    return Work(flops, float(weights + saved + 2 * 3 * num_tokens * H))
+
+
 @dataclass(frozen=True)
 class Roofs:
     """What the machine can do at most.
@@ -80,6 +116,8 @@ class Roofs:
 # Published for one H200: 770 to 800 TFLOP/s and 4.3 TB/s. For L2 reads figures between 5.5 and
 # 8.7 TB/s are published for the H100, whose L2 is the same.
 ASSUMED_H200 = Roofs(780e12, 4.3e12, 7e12, "assumed for one H200")
+# The same chip with other memory: 3.35 TB/s by its data sheet, of which about nine tenths are had.
+ASSUMED_H100 = Roofs(780e12, 3.0e12, 7e12, "assumed for one H100")
 
 
 def measure_roofs(device: torch.device, protocol: Protocol) -> Roofs:

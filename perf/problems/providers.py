@@ -34,6 +34,8 @@ class Provider:
         is_ours: whether its failure is ours.
         has_router: whether the call computes the router.
         trains: whether the call's output can be differentiated.
+        main_grad: how a training step of ours keeps gradients of expert weights: "" in their own
+            dtype, "overwritten" or "added" in float32 buffers.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Provider:
     is_ours: bool = False
     has_router: bool = True
     trains: bool = False
+    main_grad: str = ""
 
     @property
     def label(self) -> str:
@@ -64,24 +67,31 @@ def version_of(package: str) -> str:
         return ""
 
 
-def live_output(problem: Problem) -> Callable[[], megakernel.MoEOutput]:
+def experts_of(problem: Problem) -> megakernel.Experts:
+    """Return the experts as our layer takes them."""
+    return megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI, main_grad=problem.main_grad)
+
+
+def live_output(
+    problem: Problem, save: str = "preactivations"
+) -> Callable[[], megakernel.MoEOutput]:
     """Return the call on the live route, all its outputs included."""
-    experts = megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI)
+    layer = problem.x_TH, problem.router_EH, experts_of(problem)
     router = megakernel.Router(problem.top_k)
-    return lambda: megakernel.moe(problem.x_TH, problem.router_EH, experts, router)
+    return lambda: megakernel.moe(*layer, router, save=save)
 
 
 def replay_output(problem: Problem) -> Callable[[], megakernel.MoEOutput]:
     """Return the call on the replay route, its row tables built here, ahead."""
-    experts = megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI)
+    experts = experts_of(problem)
     router = megakernel.Router(problem.top_k)
     replay = megakernel.prepare_replay(problem.expert_of_TK, experts.num_experts, experts=experts)
     return lambda: megakernel.moe(problem.x_TH, problem.router_EH, experts, router, replay=replay)
 
 
-def ours_live(problem: Problem) -> Call:
+def ours_live(problem: Problem, save: str = "preactivations") -> Call:
     """Router, dispatch, FFN and combine in one launch."""
-    call = live_output(problem)
+    call = live_output(problem, save)
     return lambda: call().y_TH
 
 
@@ -99,9 +109,11 @@ def ours_given(problem: Problem) -> Call:
     )
 
 
-def configured_call(problem: Problem, route: str, config: megakernel.KernelConfig) -> Call:
+def configured_call(
+    problem: Problem, route: str, config: megakernel.KernelConfig, save: str = "preactivations"
+) -> Call:
     """Return our call with a config, on the live or the replay route."""
-    experts = megakernel.Experts(problem.gate_up_E2IH, problem.down_EHI)
+    experts = experts_of(problem)
     replay = None
     if route == "replay":
         replay = megakernel.prepare_replay(
@@ -110,7 +122,13 @@ def configured_call(problem: Problem, route: str, config: megakernel.KernelConfi
     router = megakernel.Router(problem.top_k)
     return lambda: (
         megakernel.moe(
-            problem.x_TH, problem.router_EH, experts, router, replay=replay, config=config
+            problem.x_TH,
+            problem.router_EH,
+            experts,
+            router,
+            replay=replay,
+            config=config,
+            save=save,
         ).y_TH
     )
 
@@ -158,8 +176,8 @@ def grouped_mm(problem: Problem) -> Call:
 
 
 OURS = (
-    Provider("ours live", ours_live, is_ours=True),
-    Provider("ours replay", ours_replay, is_ours=True),
+    Provider("ours live", ours_live, is_ours=True, trains=True),
+    Provider("ours replay", ours_replay, is_ours=True, trains=True),
     Provider("ours given", ours_given, is_ours=True, has_router=False),
 )
 PLAIN = (

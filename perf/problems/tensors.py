@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import reference
+from megakernel import MainGrad
 from megakernel.tools.models import ModelShape
 from perf.problems.cases import Case, make_ids
 
@@ -25,6 +26,7 @@ class Problem:
         x_TH, router_EH, gate_up_E2IH, down_EHI: one dtype; outputs are of order 1.
         expert_of_TK: int32, best first, what a live router chooses.
         gate_TK: float32, renormalised.
+        main_grad: where our layer's gradients of expert weights go; None for autograd's own.
     """
 
     case: Case
@@ -34,6 +36,7 @@ class Problem:
     down_EHI: Tensor
     expert_of_TK: Tensor
     gate_TK: Tensor
+    main_grad: MainGrad | None = None
 
     @property
     def top_k(self) -> int:

@@ -1,21 +1,32 @@
-"""Forward and backward of the layer in one call, for providers whose output has gradients.
+"""Steps of training, for providers whose output has gradients: both passes, or the backward.
 
 A step may be timed only if its gradients agree with float64, as a forward may only if its output
-does. Every step computes the router's gradient too, and returns all gradients in new memory.
+does. Every step gives the router's gradient too.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import reference
-from perf.problems.providers import Provider, eager
+from megakernel import MainGrad
+from perf.problems.providers import OURS, Call, Provider, eager, ours_live
 from perf.problems.ready import MOST_TIMES_EAGER_ERROR, rms_error
 from perf.problems.tensors import Problem
 from perf.problems.tuning import quick_autotuning
+
+# Our layer as it may be trained; a given routing has no router to train.
+OURS_TRAINING = (
+    *OURS[:2],
+    Provider("ours saving nothing", partial(ours_live, save="nothing"), is_ours=True, trains=True),
+    Provider("ours to float32", ours_live, is_ours=True, trains=True, main_grad="overwritten"),
+    Provider("ours added to float32", ours_live, is_ours=True, trains=True, main_grad="added"),
+)
+PASSES = ("backward", "train")
 
 
 class Gradients(NamedTuple):
@@ -27,7 +38,51 @@ class Gradients(NamedTuple):
     down_EHI: Tensor
 
 
-Step = Callable[[], Gradients]
+@dataclass
+class Step:
+    """One call of a provider's backward, with its forward or without.
+
+    Without, the forward has run before: once on each stream, for a graph can hold only what hangs
+    on its own stream. Gradients are new memory, or the float32 buffers.
+
+    Attributes:
+        call: the forward, router included.
+        leaves: what is differentiated, in the order of Gradients.
+        dy_TH: the upstream gradient.
+        has_forward: whether the call runs it each time.
+        main_grad: the float32 buffers; None without.
+        is_added: whether gradients are added to what is in them.
+    """
+
+    call: Call
+    leaves: list[Tensor]
+    dy_TH: Tensor
+    has_forward: bool
+    main_grad: MainGrad | None = None
+    is_added: bool = False
+    _output_TH: Tensor | None = field(default=None, init=False)
+    _made_on: int | None = field(default=None, init=False)
+
+    def __call__(self) -> Gradients:
+        """Run it."""
+        if self.main_grad is not None:
+            self.main_grad.grad_added_to_main_grad = self.is_added
+        y_TH = self.call() if self.has_forward else self.output()
+        dx_TH, drouter_EH, *weights = torch.autograd.grad(
+            y_TH, self.leaves, self.dy_TH, retain_graph=not self.has_forward,
+            allow_unused=self.main_grad is not None,
+        )  # fmt: skip
+        if self.main_grad is not None:
+            weights = [self.main_grad.gate_up_E2IH, self.main_grad.down_EHI]
+        return Gradients(dx_TH, drouter_EH, *weights)
+
+    def output(self) -> Tensor:
+        """Return what the forward gave on this stream; it runs the first time."""
+        on_gpu = self.dy_TH.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.dy_TH.device).cuda_stream if on_gpu else 0
+        if self._output_TH is None or self._made_on != stream:
+            self._output_TH, self._made_on = self.call(), stream
+        return self._output_TH
 
 
 def make_upstream(problem: Problem) -> Tensor:
@@ -37,12 +92,13 @@ def make_upstream(problem: Problem) -> Tensor:
     return dy_TH.to(problem.x_TH.dtype)
 
 
-def train_step(provider: Provider, problem: Problem) -> Step:
+def make_step(provider: Provider, problem: Problem, part: str = "train") -> Step:
     """Return one call that runs a provider's forward, router included, and its backward.
 
     Args:
         provider: one that trains.
         problem: its tensors are read and stay without gradients.
+        part: of PASSES; "backward" for a forward that runs once, ahead.
 
     Raises:
         ValueError: if the provider's output has no gradients.
@@ -50,9 +106,23 @@ def train_step(provider: Provider, problem: Problem) -> Step:
     if not provider.trains:
         raise ValueError(f"provider must train, got {provider.name!r}")
     leaves = [getattr(problem, name).detach().requires_grad_() for name in Gradients._fields]
-    call = provider.prepare(replace(problem, **dict(zip(Gradients._fields, leaves, strict=True))))
-    dy_TH = make_upstream(problem)
-    return lambda: Gradients(*torch.autograd.grad(call(), leaves, dy_TH))
+    main_grad = make_main_grad(problem) if provider.main_grad else None
+    own = replace(
+        problem, **dict(zip(Gradients._fields, leaves, strict=True)), main_grad=main_grad
+    )
+    return Step(
+        provider.prepare(own), leaves, make_upstream(problem), part == "train", main_grad,
+        provider.main_grad == "added",
+    )  # fmt: skip
+
+
+def make_main_grad(problem: Problem) -> MainGrad:
+    """Return float32 buffers of zeros, to which a first backward may add."""
+    gate_up, down = (
+        torch.zeros_like(weight, dtype=torch.float32)
+        for weight in (problem.gate_up_E2IH, problem.down_EHI)
+    )
+    return MainGrad(gate_up, down)
 
 
 def true_gradients(problem: Problem) -> Gradients:
@@ -102,28 +172,69 @@ def why_wrong_gradients(
     return None
 
 
+class ReadySteps(NamedTuple):
+    """Steps that are checked and may be timed, and why the others are not.
+
+    Attributes:
+        steps: of those that agree, by name.
+        skipped: reason of each peer that is not here, breaks or is wrong.
+        failed: reason of each of ours that is wrong.
+    """
+
+    steps: dict[str, Step]
+    skipped: dict[str, str]
+    failed: dict[str, str]
+
+
 def prepare_steps(
-    problem: Problem, providers: Sequence[Provider]
-) -> tuple[dict[str, Step], dict[str, str]]:
-    """Return the steps that may be timed by name, and why the others may not."""
+    problem: Problem,
+    providers: Sequence[Provider],
+    part: str = "train",
+    say: Callable[[str], object] = lambda text: 0,
+) -> ReadySteps:
+    """Prepare, run and check a step of each; a peer that breaks is skipped with its error.
+
+    Args:
+        problem: the tensors.
+        providers: whom to prepare.
+        part: of PASSES.
+        say: told the name of each.
+    """
+    ready = ReadySteps({}, {}, {})
     truth = true_gradients(problem)
-    plain = train_step(Provider("eager loop", eager, trains=True), problem)()
+    plain = make_step(Provider("eager loop", eager, trains=True), problem)()
     eager_errors = [rms_error(found, true) for found, true in zip(plain, truth, strict=True)]
-    steps: dict[str, Step] = {}
-    skipped: dict[str, str] = {}
+    del plain
     for provider in providers:
+        say(provider.name)
         if reason := provider.why_missing(problem.x_TH.device):
-            skipped[provider.name] = reason
+            ready.skipped[provider.name] = reason
             continue
-        try:
-            with quick_autotuning(problem.x_TH.device):
-                step = train_step(provider, problem)
-                gradients = step()
-            reason = why_wrong_gradients(gradients, truth, eager_errors)
-        except Exception as error:  # whatever other people's packages raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if reason:
-            skipped[provider.name] = reason
+        answer = _prepare_one(provider, problem, part, truth, eager_errors)
+        if isinstance(answer, Step):
+            ready.steps[provider.name] = answer
+        elif provider.is_ours:
+            ready.failed[provider.name] = answer
         else:
-            steps[provider.name] = step
-    return steps, skipped
+            ready.skipped[provider.name] = answer
+    return ready
+
+
+def _prepare_one(
+    provider: Provider,
+    problem: Problem,
+    part: str,
+    truth: Gradients,
+    eager_errors: Sequence[float],
+) -> Step | str:
+    """Return the checked step, or why it must not be timed; an error of ours is raised."""
+    try:
+        with quick_autotuning(problem.x_TH.device):
+            step = make_step(provider, problem, part)
+            gradients = step()
+        reason = why_wrong_gradients(gradients, truth, eager_errors)
+    except Exception as error:  # whatever other people's packages raise
+        if provider.is_ours:
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return reason or step

@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from megakernel.plan.protocol import NAMES
+from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 from megakernel.tools.timeline import Timeline
 from perf.results.drawing import (
     BLACK,
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = (SKY, ORANGE, PURPLE, BLACK, GREEN, GREY, VERMILION, BLUE)
-COLOUR_OF_TASK = dict(zip(NAMES, COLOURS, strict=True))
+# Eight colours do for a backward launch too: its gradients of weights are hatched.
+COLOUR_OF_TASK = dict(zip(FORWARD_NAMES, COLOURS, strict=True)) | {
+    "shared dH": GREY, "dH": VERMILION, "shared dX": BLACK, "dX": BLUE, "dS": PURPLE, "dx": SKY,
+    "dRouter": ORANGE, "dGateUp": GREEN, "dDown": ORANGE, "shared dGateUp": BLACK,
+    "shared dDown": GREY, "dBias": PURPLE, "dTokenGate": SKY,
+}  # fmt: skip
+HATCHED = NAMES[NAMES.index("dRouter") :]
 SHOWN_WORKERS = 24
 PREDICTED = "us, predicted,"
 PATTERN = "timeline_*.npz"
@@ -103,9 +109,9 @@ def _draw_workers(axis: "Axes", timeline: Timeline) -> None:
     spans_N2 = np.stack([timeline.start_N, timeline.end_N - timeline.start_N], axis=1)
     for line, worker in enumerate(shown):
         mine_N = timeline.worker_N == worker
-        for kind, name in enumerate(NAMES):
+        for kind in kinds_of(timeline):
             chosen_N = mine_N & (timeline.kind_N == kind)
-            axis.broken_barh(spans_N2[chosen_N], (line - 0.4, 0.8), color=COLOUR_OF_TASK[name])
+            axis.broken_barh(spans_N2[chosen_N], (line - 0.4, 0.8), **look_of(kind))
     axis.set(ylabel=f"{len(shown)} of {num_workers} workers", yticks=[], ylim=(-1, len(shown)))
 
 
@@ -115,11 +121,28 @@ def _draw_shares(axis: "Axes", timeline: Timeline, unit: str) -> None:
     shares = [
         covered(timeline.end_N, timeline.start_N, timeline.kind_N == kind, edges)
         / timeline.num_workers
-        for kind in range(len(NAMES))
+        for kind in kinds_of(timeline)
     ]
     middle = (edges[1:] + edges[:-1]) / 2
-    axis.stackplot(middle, shares, labels=NAMES, colors=[COLOUR_OF_TASK[name] for name in NAMES])
+    labels = [NAMES[kind] for kind in kinds_of(timeline)]
+    areas = axis.stackplot(middle, shares, labels=labels)
+    for kind, area in zip(kinds_of(timeline), areas, strict=True):
+        area.set(**look_of(kind))
     axis.set(xlabel=f"{unit} from the launch", ylabel="share of workers", ylim=(0, 1))
+
+
+def kinds_of(timeline: Timeline) -> list[int]:
+    """Return the kinds of task that a timeline holds, in the order of their numbers."""
+    return np.unique(timeline.kind_N).tolist()
+
+
+def look_of(kind: int) -> dict[str, Any]:
+    """Return how tasks of a kind are drawn."""
+    name = NAMES[kind]
+    hatch, edge = ("//", "white") if name in HATCHED else ("", "none")
+    return {
+        "facecolor": COLOUR_OF_TASK[name], "edgecolor": edge, "hatch": hatch, "linewidth": 0.0,
+    }  # fmt: skip
 
 
 def covered(

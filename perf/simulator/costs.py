@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megakernel.plan.order import plain
-from megakernel.plan.protocol import NAMES
+from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 from megakernel.plan.schedule import Task
 from megakernel.plan.spec import KernelSpec
-from perf.measuring.roofline import ASSUMED_H200, Roofs
+from perf.measuring.roofline import ASSUMED_H100, ASSUMED_H200, Roofs
 
 ELEMENT_BYTES = 2
-COMMON_NAMES = tuple(name for name in NAMES if not name.startswith("shared"))
+# Kinds of task that every forward has.
+COMMON_NAMES = tuple(name for name in FORWARD_NAMES if not name.startswith("shared"))
 WGMMA_ROWS = 64
 
 
@@ -34,6 +35,8 @@ class Machine:
         activate_us, quick_activate_us, round_us: what lies between the last step of 128 rows by
             256 columns and the next task's first: of FFN1 with the exact and with the approximate
             sigmoid, and of FFN2. Counted instructions of the compiled kernel.
+        derive_us: the same of dH for 128 rows by 128 columns of I, beside its loads of z: an
+            estimate, half as much again as the exact activation.
     """
 
     roofs: Roofs = ASSUMED_H200
@@ -51,9 +54,11 @@ class Machine:
     activate_us: float = 1.6
     quick_activate_us: float = 1.1
     round_us: float = 0.7
+    derive_us: float = 2.4
 
 
 H200 = Machine()
+H100 = Machine(ASSUMED_H100, cache_bytes=50e6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +295,7 @@ class RooflineCosts:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Mean of each kind of task, as measured; those of a shared expert where there is one.
+    """Mean of each kind of task of a forward, as measured; those of a shared expert if it has one.
 
     Attributes:
         us_of_kind: microseconds by the name of the kind.

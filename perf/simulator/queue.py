@@ -137,20 +137,25 @@ class Play:
         self.parts_left[n] -= 1
         if self.parts_left[n]:
             return
-        counter = self.schedule.signal(self.tasks[n])
-        signal_us = 0.0 if counter is None else self.machine.signal_us
-        self.plan(self.now + signal_us, lambda: self.end(n, counter))
+        counters = self.schedule.signals(self.tasks[n])
+        # A second signal follows the first at once: the stores have drained, nobody waits for it.
+        signal_us = self.machine.signal_us if counters else 0.0
+        self.plan(self.now + signal_us, lambda: self.end(n, counters))
 
-    def end(self, n: int, counter: int | None) -> None:
-        """Finish a task: wake those whose wait its signal ends, claim the next."""
+    def end(self, n: int, counters: Sequence[int]) -> None:
+        """Finish a task: wake those whose wait its signals end, claim the next."""
         self.end_N[n] = self.now
-        if counter is not None:
-            self.signals[counter] += 1
-            waiting, self.blocked[counter] = self.blocked[counter], []
-            for least, poll in waiting:
-                if self.signals[counter] >= least:
-                    poll()
-                else:
-                    self.blocked[counter].append((least, poll))
-        ahead = counter is not None and self.schedule.spec.look_ahead
+        for counter in counters:
+            self.count(counter)
+        ahead = bool(counters) and self.schedule.spec.look_ahead
         self.claim(int(self.worker_N[n]), self.machine.signal_us if ahead else 0.0)
+
+    def count(self, counter: int) -> None:
+        """Add one to a counter, and wake those who waited for no more than it has now."""
+        self.signals[counter] += 1
+        waiting, self.blocked[counter] = self.blocked[counter], []
+        for least, poll in waiting:
+            if self.signals[counter] >= least:
+                poll()
+            else:
+                self.blocked[counter].append((least, poll))

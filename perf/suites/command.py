@@ -13,11 +13,12 @@ from perf.arguments import TRACE_HELP
 from perf.measuring.measure import DEFAULT, QUICK
 from perf.problems.cases import RECORDING, SHAPES, read_trace
 from perf.problems.peers import ALL_PROVIDERS
+from perf.problems.training import OURS_TRAINING
 from perf.results import record, timelines
 from perf.suites.bench import Bench, device_here
 from perf.suites.table import SUITES
 
-NAMES = tuple(provider.name for provider in ALL_PROVIDERS)
+NAMES = tuple(dict.fromkeys(one.name for one in (*ALL_PROVIDERS, *OURS_TRAINING)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,10 @@ SUITES = {
     "decode": Suite(later("layer", "decode"), "T = 1 ... 256, router included", True),
     "replay": Suite(later("layer", "replay"), "routes compared: live, replay and given", True),
     "skew": Suite(later("layer", "skew"), "one T, balanced to one expert takes all", True),
+    "backward": Suite(
+        later("training", "backward"), "gradients of everything, the forward before it", True
+    ),
+    "train": Suite(later("training", "train"), "forward and backward, router included", True),
     "planner": Suite(later("rank", "planner"), "seconds, imbalance, bound, bytes", False),
     "makespan": Suite(
         later("rank", "makespan"), "slowest rank under each plan; predicted without a GPU", False

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megakernel.launch.call import Call
 from perf.gpu.child import Context
-from perf.gpu.plans import LADDER
+from perf.gpu.plans import BACKWARD_LADDER, LADDER
 from perf.gpu.recording import recording, untouched
 from perf.gpu.testing import DESELECTED
 
@@ -40,6 +40,21 @@ def draw_nothing(*shape: int, std: float, dtype: torch.dtype, device: torch.devi
     return untouched(*shape, dtype=dtype)
 
 
+def full_of_nothing(tensor: Tensor, value: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what takes no memory, in the shape of a tensor."""
+    return untouched(*tensor.shape, dtype=dtype or tensor.dtype)
+
+
+def leaves_without_copies(inputs: Any) -> dict[str, Tensor]:
+    """Return a layer's tensors, asking for gradients, as the GPU's tests of training name them."""
+    experts = inputs.experts
+    tensors = {
+        "x": inputs.x_TH, "router": inputs.router_EH, "gate_up": experts.gate_up_E2IH,
+        "down": experts.down_EHI,
+    }  # fmt: skip
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
 # What is looked up where it is defined: truths, comparisons, and what only a GPU has.
 STUBS: dict[str, Any] = {
     "tests.gpu.layers.draw": draw_nothing,
@@ -50,17 +65,22 @@ STUBS: dict[str, Any] = {
     "tests.gpu.checks.assert_gate_is_right": lambda inputs, out: None,
     "tests.gpu.checks.assert_within": lambda *given: 0.0,
     "tests.gpu.checks.fail": lambda text: None,
+    "tests.gpu.gradients.assert_right": lambda *given: 0.0,
+    "tests.gpu.gradients.assert_same_gradients": lambda *given: None,
+    "tests.gpu.gradients.compare_buffers": lambda *given: None,
     "tests.helpers.compare.relative_error": lambda **tensors: 0.0,
     "tests.helpers.compare.assert_same_bits": lambda **tensors: None,
     "tests.helpers.inputs.eager": like_tokens,
     "tests.helpers.inputs.truth": lambda inputs, ids_TK, renormalize=True: inputs.x_TH,
     "tests.helpers.inputs.poison_scratch": lambda: None,
+    "torch.full_like": full_of_nothing,
     "torch.compile": lambda function, **options: function,
     "torch.profiler.profile": MagicMock(),
     "torch.cuda.CUDAGraph": MagicMock(),
     "torch.cuda.Stream": MagicMock(),
     "torch.cuda.graph": MagicMock(),
     "torch.cuda.stream": MagicMock(),
+    "torch.cuda.current_stream": MagicMock(),
     "torch.cuda.synchronize": MagicMock(),
     "torch.cuda.memory_stats": MagicMock(),
     "torch.cuda.set_sync_debug_mode": MagicMock(),
@@ -68,6 +88,7 @@ STUBS: dict[str, Any] = {
 # What is replaced in the module itself, where it has the name.
 NAMES: dict[str, Any] = {
     "device_work": lambda call, trace: [call()],
+    "leaves_of": leaves_without_copies,
     "subprocess": MagicMock(),
     "pytest": SimpleNamespace(
         raises=lambda *given, **options: contextlib.suppress(Exception),
@@ -193,17 +214,26 @@ def cases_of(mark: pytest.Mark) -> Iterator[dict[str, Any]]:
 
 
 def record_ladder() -> Recorded:
-    """Run the rungs of the ladder that every run climbs."""
+    """Run the rungs of both ladders that every run climbs."""
     with listening() as recorded, tempfile.TemporaryDirectory() as folder:
-        module = load(HERE / "ladder.py")
-        module.program = load(HERE / "smallest.py")  # type: ignore[attr-defined]
-        module.REPEATS = 1  # type: ignore[attr-defined]  # one launch says what all would
+        modules = {"tests.gpu.ladder": load(HERE / "ladder.py")}
+        modules["tests.gpu.backward_ladder"] = load(HERE / "backward_ladder.py")
+        # One launch says what all would; nobody wrote what would be compared.
+        replaced = {"program": load(HERE / "smallest.py"), "REPEATS": 1, "count_different": zero}
+        for module in modules.values():
+            vars(module).update(replaced)
         context = Silent(Path(folder), Path(folder))
-        for step in LADDER:
+        for step in (*LADDER, *BACKWARD_LADDER):
             if not step.explains:
-                function = getattr(module, step.call.partition(":")[2])
+                place, _, name = step.call.partition(":")
+                function = getattr(modules[place], name)
                 recorded.run(step.name, lambda step=step, f=function: f(context, *step.arguments))
     return recorded
+
+
+def zero(*given: object) -> Tensor:
+    """Return a count of nothing."""
+    return torch.zeros(1, dtype=torch.int64)
 
 
 def calls_of_tests() -> list[Call]:

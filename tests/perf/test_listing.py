@@ -6,6 +6,7 @@ from perf.__main__ import main
 from perf.listing import list_providers, list_scenarios, list_shapes, sees_gpu
 from perf.problems.cases import SCENARIOS, SHAPES
 from perf.problems.peers import ALL_PROVIDERS
+from perf.problems.training import OURS_TRAINING
 from perf.suites.table import SUITES
 
 
@@ -13,6 +14,7 @@ def test_everything_that_can_be_chosen_is_listed(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     names = [*SUITES, *SHAPES, *SCENARIOS, *(provider.name for provider in ALL_PROVIDERS)]
+    names += [provider.name for provider in OURS_TRAINING]
     assert [name for name in names if name not in out] == []
 
 
@@ -32,7 +34,8 @@ def test_scenarios_are_those_of_the_cases():
 
 def test_providers_are_missing_for_the_reason_they_would_give():
     for device in ("cpu", "cuda"):
-        expected = {one.name: one.why_missing(torch.device(device)) for one in ALL_PROVIDERS}
+        providers = (*ALL_PROVIDERS, *OURS_TRAINING)
+        expected = {one.name: one.why_missing(torch.device(device)) for one in providers}
         assert list_providers(has_gpu=device == "cuda") == expected
 
 

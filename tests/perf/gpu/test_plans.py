@@ -6,7 +6,16 @@ from inspect import signature
 import pytest
 
 from perf.gpu.levers import LEVERS
-from perf.gpu.plans import FIRST_S, LADDER, PLANS, SECOND_S, TIMED, rehearsed
+from perf.gpu.plans import (
+    BACKWARD_LADDER,
+    FIRST_S,
+    LADDER,
+    PLANS,
+    SECOND_S,
+    TIMED,
+    TRAINED,
+    rehearsed,
+)
 from perf.gpu.steps import MOST_SILENT_S, Plan, Step
 from perf.gpu.testing import TEST_S
 from perf.problems.cases import SHAPES
@@ -43,7 +52,7 @@ def test_nobody_waits_long_for_a_hung_kernel(plan: Plan) -> None:
         if step.interprets:
             assert min(step.limit_s, step.silence_s) <= MOST_SILENT_S == 40
     assert TEST_S < MOST_SILENT_S
-    assert all(step.limit_s <= MOST_SILENT_S for step in LADDER)
+    assert all(step.limit_s <= MOST_SILENT_S for step in (*LADDER, *BACKWARD_LADDER))
 
 
 def test_a_rung_that_breaks_ends_the_run_and_explanations_have_their_subject() -> None:
@@ -59,16 +68,27 @@ def test_the_ladder_comes_before_any_time_is_taken() -> None:
     order = [step.name for step in PLANS["first"].steps]
     timed = [place for place, name in enumerate(order) if name.startswith("time")]
     assert min(timed) > max(order.index(step.name) for step in LADDER)
-    assert len(timed) == len(TIMED) + 1
+    assert len(timed) == len(TIMED) + 1 + len(TRAINED)
+
+
+def test_the_backward_comes_when_the_forward_has_its_times() -> None:
+    """What goes wrong in it takes no figure of the forward along, and has no figure itself."""
+    order = [step.name for step in PLANS["first"].steps]
+    rungs = [order.index(step.name) for step in BACKWARD_LADDER]
+    timed = [place for place, name in enumerate(order) if name.startswith("time-backward")]
+    others = [place for place, name in enumerate(order) if place not in (*rungs, *timed)]
+    assert max(others) < min(rungs) < max(rungs) < min(timed)
+    assert len(timed) == len(TRAINED) and set(TRAINED) <= set(TIMED)
+    assert all(step.stops for step in BACKWARD_LADDER)
 
 
 def test_models_and_suites_exist() -> None:
     arguments = [step.arguments[0] for step in STEPS if step.call.startswith("perf.gpu.suites")]
-    assert arguments and set(arguments) <= set(SUITES)
+    assert {"forward", "backward", "train"} < set(arguments) <= set(SUITES)
     models = {
         step.arguments[0]
         for step in STEPS
-        if step.call.startswith(("perf.gpu.levers", "perf.gpu.timing"))
+        if step.call.startswith(("perf.gpu.levers", "perf.gpu.timing", "perf.gpu.training"))
     }
     assert models and models <= set(SHAPES)
     assert LEVERS

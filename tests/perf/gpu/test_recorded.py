@@ -13,11 +13,12 @@ import torch
 from megakernel import moe
 from megakernel.config import FLOAT32, ROWS128
 from megakernel.launch.call import make_spec
-from perf.gpu.plans import LADDER
+from perf.gpu.plans import BACKWARD_LADDER, LADDER
 from perf.gpu.recording import distinct, key_of, recording, stand_in_problem, untouched
 from perf.gpu.testing import DESELECTED
 from perf.problems.cases import SHAPES, Case
 from perf.problems.providers import OURS
+from perf.problems.training import OURS_TRAINING, make_step
 from tests.helpers.sources import ROOT
 
 RECORD = """
@@ -81,6 +82,8 @@ def test_the_list_of_the_tests_holds_what_they_are_known_to_compile(of_tests: Re
         "layer given one float32 EHI 4x64x32 rows16 groups2",
         "layer live one bfloat16 EHI 7x96x48 rows16 groups2",
         "layer live one float16 EHI 7x96x48 rows16 groups2",
+        "backward given one bfloat16 EHI 128x2048x768 rows64 groups4 z",
+        "backward given one bfloat16 EHI 4x64x32 rows16 groups2 z to float32",
     } <= kernels
     assert len(of_tests[2]) >= 35
 
@@ -121,8 +124,15 @@ def test_every_rung_of_the_ladder_was_heard_to_its_end(
 ) -> None:
     bodies, errors, kernels = record("ladder")
     assert errors == {}
-    assert bodies == len([step for step in LADDER if not step.explains])
-    assert len(kernels) >= 31
+    assert bodies == len([step for step in (*LADDER, *BACKWARD_LADDER) if not step.explains])
+    assert len(kernels) >= 60
+    assert {
+        "backward replay one bfloat16 EHI 128x2048x768 rows128 groups2 z",
+        "backward given one bfloat16 EHI 128x2048x768 rows128 groups2",
+        "backward given one bfloat16 EHI 128x2048x768 rows128 groups2 z to float32",
+        "backward given one bfloat16 EHI 128x2048x768 rows16 groups8 z",
+        "layer replay one bfloat16 EHI 128x2048x768 rows128 groups2 z",
+    } <= set(kernels)
     for height, route in ((16, "replay"), (64, "live"), (128, "given")):
         assert any(f"rows{height} " in one and f" {route} " in one and "2048" in one
                    for one in kernels)  # fmt: skip
@@ -158,6 +168,25 @@ def test_kernels_differ_by_spec_warps_and_types_alone() -> None:
         OURS[1].prepare(stand_in_problem(Case(SHAPES["OLMoE"], 64)))()
     assert key_of(calls[0]) == key_of(calls[1]) != key_of(calls[2])
     assert distinct(calls) == [calls[0], calls[2]]
+
+
+def test_every_way_to_train_is_heard_forward_and_backward() -> None:
+    """Buffers in float32 take no memory while one listens, and are told apart."""
+    problem = stand_in_problem(Case(SHAPES["Qwen3-30B-A3B"], 64))
+    with recording() as calls:
+        for provider in OURS_TRAINING:
+            make_step(provider, problem)()
+    heard = [(call.rule.stages, call.rule.route, call.is_added) for call in calls]
+    assert heard[::2] == [("layer", route, 0) for route in
+                          ("live", "replay", "live", "live", "live")]  # fmt: skip
+    assert heard[1::2] == [
+        ("backward", route, int(added))
+        for route, added in (("given", 0), ("replay", 0), ("given", 0), ("given", 0), ("given", 1))
+    ]
+    kept = [call.buffers.gradients.down_EHI.dtype for call in calls[1::2]]
+    assert kept == [torch.bfloat16] * 3 + [torch.float32] * 2
+    # Two live forwards of one kernel each save alike; overwritten or added to is one kernel.
+    assert len(distinct(calls)) == 7
 
 
 def test_the_recorder_leaves_everything_as_it_was() -> None:

@@ -71,7 +71,7 @@ def test_a_peer_that_trains_has_the_right_gradients(stood_in):
     if not stood_in.trains:
         pytest.skip(f"{stood_in.name} has no training step here")
     problem = make_problem(Case(TINY, 20, "zipf"), torch.device("cpu"), torch.float32)
-    steps, skipped = prepare_steps(problem, (stood_in,))
+    steps, skipped, _ = prepare_steps(problem, (stood_in,))
     assert not skipped
     assert list(steps) == [stood_in.name]
 

@@ -11,10 +11,12 @@ from perf.problems.peers import ALL_PROVIDERS, PEERS
 from perf.problems.providers import OURS, PLAIN, Provider, eager
 from perf.problems.tensors import make_problem
 from perf.problems.training import (
+    OURS_TRAINING,
+    PASSES,
     Gradients,
+    make_step,
     make_upstream,
     prepare_steps,
-    train_step,
     true_gradients,
     why_wrong_gradients,
 )
@@ -39,24 +41,77 @@ def test_the_truth_is_what_autograd_says_of_the_whole_layer(problem, truth):
 
 
 def test_those_who_are_always_here_and_train_are_ready(problem):
-    steps, skipped = prepare_steps(problem, PLAIN)
+    steps, skipped, _ = prepare_steps(problem, PLAIN)
     assert list(steps) == ["eager loop", "grouped_mm"]
     assert not skipped
 
 
 def test_a_step_leaves_the_problem_without_gradients(problem):
-    train_step(PLAIN[1], problem)()
+    make_step(PLAIN[1], problem)()
     assert not problem.x_TH.requires_grad
     assert problem.gate_up_E2IH.grad is None
 
 
 def test_a_provider_without_gradients_is_refused(problem):
-    with pytest.raises(ValueError, match="provider must train, got 'ours live'"):
-        train_step(OURS[0], problem)
+    with pytest.raises(ValueError, match="provider must train, got 'ours given'"):
+        make_step(OURS[2], problem)
 
 
 def test_who_trains_computes_the_router():
     assert [one.name for one in ALL_PROVIDERS if one.trains and not one.has_router] == []
+
+
+@pytest.fixture(scope="module")
+def ours(problem):
+    """A checked backward of each way to train our layer."""
+    steps, skipped, failed = prepare_steps(problem, OURS_TRAINING, "backward")
+    assert not skipped and not failed
+    return steps
+
+
+def test_every_way_to_train_our_layer_is_right(ours):
+    assert list(ours) == [provider.name for provider in OURS_TRAINING]
+
+
+def test_a_backward_runs_its_forward_once_and_gives_what_the_whole_step_gives(problem):
+    calls = []
+
+    def prepare(problem):
+        call = PLAIN[1].prepare(problem)
+        return lambda: calls.append(1) or call()
+
+    provider = Provider("counted", prepare, trains=True)
+    whole, alone = (make_step(provider, problem, part) for part in PASSES[::-1])
+    expected = whole()
+    assert len(calls) == 1
+    for _ in range(3):
+        for found, true in zip(alone(), expected, strict=True):
+            assert torch.equal(found, true)
+    assert len(calls) == 2
+
+
+def test_float32_gradients_are_overwritten_or_added_as_the_name_says(ours):
+    over, added = (ours[f"ours {how}"] for how in ("to float32", "added to float32"))
+    for step, factor in ((over, 1.0), (added, 2.0)):
+        first = step.main_grad.down_EHI.clone()  # of the run that was checked
+        gradients = step()
+        assert gradients.down_EHI is step.main_grad.down_EHI
+        assert gradients.down_EHI.dtype == torch.float32
+        assert torch.allclose(gradients.down_EHI, factor * first, rtol=1e-6, atol=0)
+        assert first.abs().max() > 0
+
+
+def test_a_wrong_gradient_of_ours_is_a_failure_and_an_error_is_raised(problem):
+    wrong = replace(scaled("down_EHI", 1.2), is_ours=True)
+    steps, skipped, failed = prepare_steps(problem, (wrong,), "backward")
+    assert not steps and not skipped
+    assert failed[wrong.name].startswith("wrong gradient of down_EHI: error")
+
+    def breaks(problem):
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        prepare_steps(problem, (Provider("ours", breaks, is_ours=True, trains=True),))
 
 
 def scaled(name, factor):
@@ -73,7 +128,7 @@ def scaled(name, factor):
 
 @pytest.mark.parametrize("name", Gradients._fields)
 def test_one_wrong_gradient_is_enough_to_be_skipped(problem, name):
-    steps, skipped = prepare_steps(problem, (scaled(name, 1.0), scaled(name, 1.2)))
+    steps, skipped, _ = prepare_steps(problem, (scaled(name, 1.0), scaled(name, 1.2)))
     assert list(steps) == [f"{name} times 1.0"]
     assert skipped[f"{name} times 1.2"].startswith(f"wrong gradient of {name}: error")
 
@@ -89,12 +144,13 @@ def test_who_is_not_here_or_breaks_is_skipped_with_the_reason(problem):
 
     missing = Provider("missing", breaks, package="no_such_package", trains=True)
     broken = Provider("broken", breaks, trains=True)
-    steps, skipped = prepare_steps(problem, (missing, broken, OURS[0]))
+    given = replace(OURS[2], is_ours=False)
+    steps, skipped, _ = prepare_steps(problem, (missing, broken, given))
     assert not steps
     assert skipped == {
         "missing": "no_such_package is not installed",
         "broken": "RuntimeError: no kernel image",
-        "ours live": "ValueError: provider must train, got 'ours live'",
+        "ours given": "ValueError: provider must train, got 'ours given'",
     }
 
 
@@ -102,7 +158,7 @@ def test_who_is_not_here_or_breaks_is_skipped_with_the_reason(problem):
 def test_an_installed_peer_has_the_right_gradients(problem, peer):
     if reason := peer.why_missing(torch.device("cpu")):
         pytest.skip(reason)
-    steps, skipped = prepare_steps(problem, (peer,))
+    steps, skipped, _ = prepare_steps(problem, (peer,))
     assert not skipped
     assert list(steps) == [peer.name]
 
@@ -111,5 +167,5 @@ def test_an_installed_peer_has_the_right_gradients(problem, peer):
 def test_training_peers_on_the_gpu_agree_or_say_why_not(device):
     problem = make_problem(Case(TINY, 64, "zipf"), device)
     who_train = [peer for peer in PEERS if peer.trains]
-    steps, skipped = prepare_steps(problem, who_train)
+    steps, skipped, _ = prepare_steps(problem, who_train)
     assert set(steps) | set(skipped) == {peer.name for peer in who_train}

@@ -51,9 +51,28 @@ def test_costs_of_another_case_are_refused(tmp_path, capsys):
     assert "us_of_kind must have every kind of task" in capsys.readouterr().err
 
 
+def test_a_backward_is_predicted_with_what_it_saves_and_how_gradients_are_kept(capsys):
+    figures = {}
+    for options in (
+        [], ["--save", "nothing"], ["--gradients", "added"], ["--gpu", "H100"],
+    ):  # fmt: skip
+        argv = ["simulate", "--model", "OLMoE", "--tokens", "512", "--pass", "backward", *options]
+        assert main(argv) == 0
+        text = capsys.readouterr().out
+        assert LABEL in text and "live, backward, saves " in text and "dGateUp" in text
+        figures[" ".join(options)] = float(text.split("predicted: ")[1].split(" us")[0])
+    assert "assumed for one H100" in text
+    assert min(figures["--save nothing"], figures["--gradients added"]) > figures[""]
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["--pass", "backward", "--search", "1"], "--pass backward must be without --search"),
+        (["--pass", "backward", "--costs", "x"], "--pass backward must be without --search and"),
+        (["--pass", "backward", "--route", "given"], "must be with --route live or replay"),
+        (["--save", "nothing"], "--save and --gradients must be with --pass backward"),
+        (["--gradients", "added"], "--save and --gradients must be with --pass backward"),
         (["--set", "colour=3"], "--set must be FIELD=N"),
         (["--set", "block_rows=7"], "block_rows must be a power of two"),
         (["--scenario", "trace"], "the trace is of 32 experts"),
@@ -63,6 +82,11 @@ def test_costs_of_another_case_are_refused(tmp_path, capsys):
         (["--plot", "x.xyz"], "--plot must end in one of"),
     ],
     ids=[
+        "search-of-a-backward",
+        "measured-backward",
+        "backward-of-given-routing",
+        "saves-of-a-forward",
+        "gradients-of-a-forward",
         "unknown-field",
         "illegal-value",
         "no-such-trace",

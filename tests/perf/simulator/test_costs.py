@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megakernel.config import KernelConfig
-from megakernel.plan.protocol import NAMES
+from megakernel.plan.protocol import FORWARD_NAMES, NAMES
 from megakernel.plan.schedule import Task
 from perf.problems.cases import SHAPES, TINY
 from perf.simulator.costs import COMMON_NAMES, H200, MeasuredCosts, Product, RooflineCosts
@@ -127,14 +127,14 @@ def test_a_replayed_gate_selects_nothing_and_costs_less():
 
 
 def test_measured_costs_are_looked_up_by_kind():
-    costs = MeasuredCosts({name: float(us) for us, name in enumerate(NAMES, start=1)})
-    demands = costs([Task(kind, 0) for kind in range(len(NAMES))])
+    costs = MeasuredCosts({name: float(us) for us, name in enumerate(FORWARD_NAMES, start=1)})
+    demands = costs([Task(kind, 0) for kind in range(len(FORWARD_NAMES))])
     assert [demand.fixed_us for demand in demands] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_measured_costs_must_know_every_kind():
     with pytest.raises(ValueError, match=r"us_of_kind must have every kind.*'combine'"):
-        MeasuredCosts({name: 1.0 for name in NAMES[:-1]})
+        MeasuredCosts({name: 1.0 for name in FORWARD_NAMES[:-1]})
 
 
 def test_a_tiny_model_has_costs_too():
