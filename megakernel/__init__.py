@@ -10,7 +10,7 @@ Letters and words are those of ``reference``'s glossary. On a machine without a 
 from megakernel.api import MoEOutput, moe, moe_routed, prepare_replay
 from megakernel.config import KernelConfig
 from megakernel.errors import MegakernelStall
-from megakernel.experts import Experts, SharedExpert
+from megakernel.experts import Experts, MainGrad, SharedExpert
 from megakernel.launch.workspace import check, release_workspaces
 from megakernel.placement import Placement
 from megakernel.replay import Replay
@@ -19,6 +19,7 @@ from megakernel.router import Router
 __all__ = [
     "Experts",
     "KernelConfig",
+    "MainGrad",
     "MegakernelStall",
     "MoEOutput",
     "Placement",

@@ -5,12 +5,14 @@ own memory. The backward is asked only for what autograd asks for.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megakernel.checks.calls import check_gradient_tiles
+from megakernel.checks.tensors import check_no_tangent
+from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.op import launcher
 from megakernel.plan.buffers import (
@@ -26,6 +28,7 @@ from megakernel.plan.buffers import (
 from megakernel.replay import Replay
 
 SAVES = ("preactivations", "nothing")
+MAIN = ("gate_up_E2IH", "down_EHI")  # weights that a MainGrad has buffers for
 
 # What can have a gradient, by dotted name, and where a backward launch puts it.
 DIFFERENTIABLE = {
@@ -44,35 +47,48 @@ DIFFERENTIABLE = {
 }
 
 
-class Results(NamedTuple):
-    """What of a call's results has a gradient; weights and logits only where they are made."""
+def wants_gradients(call: Call, save: str) -> bool:
+    """Whether autograd follows any input of a call.
 
-    y_TH: Tensor
-    gate_TK: Tensor | None = None
-    logits_TE: Tensor | None = None
+    Raises:
+        ValueError: for another ``save`` than those there are; for a tensor with a tangent.
+    """
+    if save not in SAVES:
+        raise ValueError(f"save must be one of {SAVES}, got {save!r}")
+    inputs = differentiable_of(call)
+    for name, tensor in inputs.items():
+        check_no_tangent(name, tensor)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values())
 
 
-def run(call: Call, save: str, replay: Replay | None) -> Results:
-    """Launch a layer, so that autograd can go back through it if anything asks for that.
+def run_for_gradients(
+    call: Call, save: str, replay: Replay | None, main_grad: MainGrad | None
+) -> dict[str, Tensor]:
+    """Launch a layer so that autograd can go back through it.
 
     Args:
         call: of stages "layer", checked.
         save: "preactivations" or "nothing".
         replay: the one that the call has, if any.
+        main_grad: where gradients of expert weights go, if not to autograd.
+
+    Returns:
+        those results that have a gradient, by name.
 
     Raises:
-        ValueError: for another ``save``.
+        ValueError: for tiles that the interpreter cannot hold; for main_grad under torch.compile.
     """
-    if save not in SAVES:
-        raise ValueError(f"save must be one of {SAVES}, got {save!r}")
+    check_gradient_tiles(call.rule.config)
+    if main_grad is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "main_grad must be None under torch.compile, which would take what is in "
+            f"grad_added_to_main_grad now, {main_grad.grad_added_to_main_grad}, for a constant"
+        )
+    call = with_saved(call, save)
     inputs = differentiable_of(call)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-        call = with_saved(call, save)
-        by_expert = None if replay is None else replay.by_expert()
-        return Results(*Layer.apply(call, by_expert, tuple(inputs), *inputs.values()))
-    if call.tokens.shape[0]:
-        launcher()(call)
-    return results_of(call)
+    by_expert = None if replay is None else replay.by_expert()
+    results = Layer.apply(call, by_expert, main_grad, tuple(inputs), *inputs.values())
+    return dict(zip(results_of(call), results, strict=True))
 
 
 def differentiable_of(call: Call) -> dict[str, Tensor]:
@@ -82,13 +98,13 @@ def differentiable_of(call: Call) -> dict[str, Tensor]:
     return {n: tensors[n] for n in DIFFERENTIABLE if n in tensors and n not in made}
 
 
-def results_of(call: Call) -> Results:
-    """Return the call's results that can have a gradient."""
+def results_of(call: Call) -> dict[str, Tensor]:
+    """Return the call's results that can have a gradient; of given weights there is one."""
     b = call.buffers
-    assert b.y_TH is not None
-    if call.rule.route == "given":
-        return Results(b.y_TH)
-    return Results(b.y_TH, b.routing.gate_TK, b.routing.logits_TE)
+    results = {"y_TH": b.y_TH}
+    if call.rule.route != "given":
+        results |= {"gate_TK": b.routing.gate_TK, "logits_TE": b.routing.logits_TE}
+    return {name: tensor for name, tensor in results.items() if tensor is not None}
 
 
 def with_saved(call: Call, save: str) -> Call:
@@ -124,30 +140,47 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, by_expert: Replay | None, names: tuple[str, ...], *inputs: Tensor
+        ctx: Any,
+        call: Call,
+        by_expert: Replay | None,
+        main_grad: MainGrad | None,
+        names: tuple[str, ...],
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         """Launch; ``inputs`` are the tensors of ``call`` that ``names`` say."""
         if call.tokens.shape[0]:
             launcher()(call)
         kept = flatten(kept_of(call.buffers))
         ctx.save_for_backward(*kept.values())
-        ctx.kept, ctx.names, ctx.rule, ctx.by_expert = tuple(kept), names, call.rule, by_expert
+        ctx.kept, ctx.names, ctx.rule = tuple(kept), names, call.rule
+        ctx.by_expert, ctx.main_grad = by_expert, main_grad
         ctx.set_materialize_grads(False)
-        return tuple(result for result in results_of(call) if result is not None)
+        return tuple(results_of(call).values())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Launch the backward for what is asked for."""
+        """Launch the backward for what is asked for.
+
+        Raises:
+            NotImplementedError: if its own derivative is asked for.
+        """
+        # Autograd would take the result for a constant wherever dy is one.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the layer's backward has no derivative: call without create_graph=True"
+            )
         buffers = unflatten(dict(zip(ctx.kept, ctx.saved_tensors, strict=True)))
-        wanted = [n for n, needed in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needed]
-        call = backward_call(buffers, ctx.rule, ctx.by_expert, wanted, incoming)
+        needed = ctx.needs_input_grad[-len(ctx.names) :]
+        wanted = [name for name, asked in zip(ctx.names, needed, strict=True) if asked]
+        call = backward_call(buffers, ctx.rule, ctx.by_expert, wanted, incoming, ctx.main_grad)
         if call.tokens.shape[0]:
             launcher()(call)
-        places = call.buffers.gradients._asdict()
-        return None, None, None, *(
-            places[DIFFERENTIABLE[name]] if name in wanted else None for name in ctx.names
-        )
+        places = flatten(call.buffers.gradients)
+        if ctx.main_grad is not None:
+            finish_main_grad(ctx.main_grad, wanted, bool(call.tokens.shape[0]))
+            for name in MAIN:
+                places.pop(name, None)
+        return None, None, None, None, *(places.get(DIFFERENTIABLE[name]) for name in ctx.names)
 
 
 def backward_call(
@@ -156,6 +189,7 @@ def backward_call(
     by_expert: Replay | None,
     wanted: list[str],
     incoming: tuple[Tensor | None, ...],
+    main_grad: MainGrad | None = None,
 ) -> Call:
     """Collect the backward of a call.
 
@@ -165,13 +199,18 @@ def backward_call(
         by_expert: row tables in token order; None to make them.
         wanted: dotted names of the tensors whose gradient is asked for.
         incoming: gradients of the results, None for zero.
+        main_grad: where gradients of expert weights go, if not to autograd.
     """
     tensors = flatten(b)
     assert b.x_TH is not None
     dy_TH, dgate_TK, dlogits_TE = (*incoming, None, None)[:3]
     dy_TH = torch.zeros_like(b.x_TH) if dy_TH is None else dy_TH.contiguous()
     make = torch.empty_like if len(b.x_TH) else torch.zeros_like
-    places = Gradients(**{DIFFERENTIABLE[name]: make(tensors[name]) for name in wanted})
+    buffers = {} if main_grad is None else {f"experts.{n}": getattr(main_grad, n) for n in MAIN}
+    places = Gradients(**{
+        DIFFERENTIABLE[name]: buffers[name] if name in buffers else make(tensors[name])
+        for name in wanted
+    })  # fmt: skip
     rows, num_tiles = (Rows(), 0) if by_expert is None else (by_expert.rows, by_expert.num_tiles)
     return Call(
         b._replace(
@@ -187,7 +226,17 @@ def backward_call(
             router=replace(rule.router, capped=False, random_second=False),
         ),
         num_tiles,
+        is_added=int(main_grad is not None and main_grad.grad_added_to_main_grad),
     )
+
+
+def finish_main_grad(main_grad: MainGrad, wanted: list[str], was_launched: bool) -> None:
+    """Say that the buffers hold this step's gradients; zero, if there was no token to launch."""
+    written = [name for name in MAIN if f"experts.{name}" in wanted]
+    if not (was_launched or main_grad.grad_added_to_main_grad):
+        for name in written:
+            getattr(main_grad, name).zero_()
+    main_grad.grad_added_to_main_grad |= bool(written)
 
 
 def contiguous(gradient: Tensor | None) -> Tensor | None:

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megakernel.checks.tensors import check_bias, check_like, check_shape, check_tensor
+from megakernel.checks.tensors import (
+    check_bias,
+    check_like,
+    check_main_grad,
+    check_shape,
+    check_tensor,
+)
 from megakernel.config import LayerShape
 from megakernel.formats import Dense
 from megakernel.plan.rules import ACTIVATIONS, ExpertRule
@@ -54,6 +60,24 @@ class SharedExpert:
                 check_like(name, tensor, "up_JH", self.up_JH)
 
 
+@dataclass(eq=False)
+class MainGrad:
+    """Float32 buffers that the gradients of expert weights go into, instead of ``.grad``.
+
+    The backward writes each element once, with no buffer in between: over what was there while
+    ``grad_added_to_main_grad`` is False, which it then sets, and added to it afterwards. Set it
+    back to False for each step of the optimizer.
+
+    Attributes:
+        gate_up_E2IH, down_EHI: float32, with shape and strides of the weights.
+        grad_added_to_main_grad: whether a backward has written to the buffers.
+    """
+
+    gate_up_E2IH: Tensor
+    down_EHI: Tensor
+    grad_added_to_main_grad: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Experts:
     """Weights of all experts, read in place, in the layout of Hugging Face transformers.
@@ -87,6 +111,7 @@ class Experts:
         interleaved: whether gate and up rows alternate, gate row first.
         shared: the expert that serves every token, if there is one.
         transposed: whether both weights are ``mT`` of contiguous tensors.
+        main_grad: where the gradients of both weights go; None for ``.grad``, in their own dtype.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -102,6 +127,7 @@ class Experts:
     interleaved: bool = False
     shared: SharedExpert | None = None
     transposed: bool = False
+    main_grad: MainGrad | None = None
     rule: ExpertRule = field(init=False, repr=False)  # what the compiler must know
 
     def __post_init__(self) -> None:
@@ -124,6 +150,8 @@ class Experts:
 
         if self.shared is not None:
             self._check_shared(self.shared)
+        if self.main_grad is not None:
+            self._check_main_grad(self.main_grad)
         rule = ExpertRule(
             self.activation, float(self.limit), bool(self.has_gate), bool(self.interleaved)
         )
@@ -137,6 +165,11 @@ class Experts:
             )
         check_shape("up_JH", shared.up_JH, (len(shared.up_JH), self.down_EHI.shape[1]))
         check_like("up_JH", shared.up_JH, "down_EHI", self.down_EHI)
+
+    def _check_main_grad(self, main_grad: MainGrad) -> None:
+        for name in ("gate_up_E2IH", "down_EHI"):
+            buffer, weight = getattr(main_grad, name), getattr(self, name)
+            check_main_grad(f"main_grad.{name}", buffer, weight)
 
     def _check_kind(self) -> None:
         if self.activation not in ACTIVATIONS:

@@ -41,8 +41,8 @@ def route_backward(
 ) -> RouterGradients:
     """Return dx = dlogits · weight, dweight = sum over t of dlogits ⊗ x, dbias = that of dlogits.
 
-    A logit that asks for nothing adds nothing, whatever its token holds: the row of a padded
-    token may be NaN.
+    A token without a choice, and a logit that asks for nothing, add nothing, whatever the token
+    holds: a padded row may be NaN.
 
     Args:
         x_TH: float64, as are all floats here.
@@ -60,9 +60,10 @@ def route_backward(
     if dlogits_TE is not None:
         total_TE += dlogits_TE
     dgate_TK = dgate_TK.masked_fill(served_TK < 0, 0.0)
-    for token, expert_of_K in enumerate(expert_of_TK.long()):
-        there_K = expert_of_K >= 0
-        chosen = expert_of_K[there_K], dgate_TK[token, there_K]
+    there_TK = expert_of_TK >= 0
+    for token in there_TK.any(1).nonzero().flatten().tolist():
+        there_K = there_TK[token]
+        chosen = expert_of_TK[token, there_K].long(), dgate_TK[token, there_K]
         total_TE[token] += weigh_backward(logits_TE[token], *chosen, kind)
     dx_TH, dweight_EH = torch.zeros_like(x_TH), torch.zeros_like(router_weight_EH)
     dbias_E = torch.zeros_like(router_weight_EH[:, 0])

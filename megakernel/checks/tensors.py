@@ -44,9 +44,7 @@ def check_no_grad(name: str, tensor: Tensor) -> None:
 def check_no_tangent(name: str, tensor: Tensor) -> None:
     """Raise on a tensor with a tangent: the layer has no forward-mode derivative."""
     if unpack_dual(tensor).tangent is not None:
-        raise ValueError(
-            f"{name} must have no tangent: forward-mode derivatives are not computed, only backward"
-        )
+        raise ValueError(f"{name} must have no tangent: there are no forward-mode derivatives")
 
 
 def check_contiguous(name: str, tensor: Tensor) -> None:
@@ -75,6 +73,20 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, "
                          f"got {tensor.device}")  # fmt: skip
+
+
+def check_main_grad(name: str, buffer: Tensor, weight: Tensor) -> None:
+    """Raise unless a buffer can hold the float32 gradient of a weight."""
+    check_float(name, buffer, weight.ndim)
+    if buffer.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {buffer.dtype}")
+    check_shape(name, buffer, tuple(weight.shape))
+    if buffer.stride() != weight.stride():
+        raise ValueError(
+            f"{name} must have the strides of its weight, {weight.stride()}, got {buffer.stride()}"
+        )
+    if buffer.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device} like its weight, got {buffer.device}")
 
 
 def check_positive(name: str, value: object) -> None:

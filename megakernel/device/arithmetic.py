@@ -24,7 +24,8 @@ def rounded(values, dtype: tl.constexpr, C: tl.constexpr):
     """Round float32 to the nearest value of ``dtype``, ties to even."""
     if C.interpreted and dtype == tl.bfloat16:  # the interpreter's own cast drops the low bits
         bits = values.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        # And it spoils denormals, which the low bits would make of a zero with a sign.
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         values = tl.where(values == values, nearest, values)
     return values.to(dtype)
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from megakernel.device.arithmetic import dot, halved, rounded
 from megakernel.device.derivatives import gated_with_slopes
-from megakernel.device.ffn import add_product, product, store_halves, store_rows
+from megakernel.device.ffn import product, store_halves, store_rows
 from megakernel.device.shared import slice_of
 
 
@@ -45,7 +45,7 @@ def finish_dh(
         W: rule of gate_up.
     """
     COLUMNS: tl.constexpr = acc.shape[1]
-    if COLUMNS > C.dh_columns:
+    if C.dh_columns < COLUMNS:
         left, right = halved(acc)
         part = finish_dh(left, z, z_row, weight, inside, tile, first, b, W, C)
         first += COLUMNS // 2
@@ -128,7 +128,7 @@ def shared_dh_tile(tile, block, b, size, C: tl.constexpr):
 def store_dx(acc, tile, first, inside, b, C: tl.constexpr):
     """Store some columns of dx_CH, a few at a time: see :func:`finish_dh`."""
     COLUMNS: tl.constexpr = acc.shape[1]
-    if COLUMNS > C.stored_columns:
+    if C.stored_columns < COLUMNS:
         left, right = halved(acc)
         store_dx(left, tile, first, inside, b, C)
         store_dx(right, tile, first + COLUMNS // 2, inside, b, C)
@@ -170,7 +170,7 @@ def shared_dx_tile(tile, block, b, size, C: tl.constexpr):
         if C.expert.has_gate:
             acc = product(dz_start, inside, b.shared.gate_JH, slice_index, first, W, C)
             up_start = dz_start + C.intermediate
-            acc = add_product(acc, up_start, inside, b.shared.up_JH, slice_index, first, W, C)
+            acc = product(up_start, inside, b.shared.up_JH, slice_index, first, W, C, acc)
         else:
             acc = product(dz_start, inside, b.shared.up_JH, slice_index, first, W, C)
         store_dx(acc, tile, h_block * W.block, inside, b, C)

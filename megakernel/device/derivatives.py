@@ -108,11 +108,10 @@ def dlogits_tile(logits_TE, token, num_tokens, chosen, dgate, C: tl.constexpr):
     dlogits = tl.full(C.scores_tile, 0.0, tl.float32)
     if C.router.score == "softmax" and not C.router.renormalize:
         logits = load_logits(logits_TE, token, num_tokens, C)
-        exists = (token < num_tokens)[:, None]
-        top = tl.where(exists, tl.max(logits, 1)[:, None], 0.0)
-        share = tl.exp(logits - top)
-        sums = tl.where(exists, tl.sum(share, 1)[:, None], 1.0)
-        dlogits = -total * (share / sums)
+        # Nothing reaches the logits of a token without an expert, whatever they are.
+        served = tl.max((chosen >= 0).to(tl.int32), 1)[:, None] > 0
+        share = tl.exp(logits - tl.max(logits, 1)[:, None])
+        dlogits = tl.where(served, -total * (share / tl.sum(share, 1)[:, None]), 0.0)
     for k in range(C.top_k):
         id_k = tl.sum(tl.where(choice == k, chosen, 0), 1)[:, None]
         dlogit_k = tl.sum(tl.where(choice == k, dlogit, 0.0), 1)[:, None]

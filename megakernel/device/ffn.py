@@ -27,23 +27,21 @@ def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values, CAC
 
 
 @triton.jit
-def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr):
+def product(
+    row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr, before=None
+):  # fmt: skip
     """Return rows · weightᵀ in float32, [tile_rows, columns of W].
 
     Args:
         row_start: [tile_rows of W] where rows of the left side start, each as wide as W says.
         inside: [tile_rows] which of them exist.
         weight, expert, first_row: see load_weight.
+        before: what the product is added to; None for zero.
     """
-    acc = tl.full(W.acc_tile, 0.0, tl.float32)
-    return add_product(acc, row_start, inside, weight, expert, first_row, W, C)
-
-
-@triton.jit
-def add_product(
-    acc, row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """Return acc + rows · weightᵀ; see :func:`product`."""
+    if before is None:  # noqa: SIM108  (known when compiling)
+        acc = tl.full(W.acc_tile, 0.0, tl.float32)
+    else:
+        acc = before
     for column in tl.range(0, W.width, C.step, num_stages=C.num_stages):
         rows = load_rows(row_start, inside, column, W.width, C)
         # One product for gate and up: a wider B makes better use of shared memory bandwidth.
@@ -129,9 +127,7 @@ def ffn1_tile(
             acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
         gate, up = halves_of(acc, W, C)
         if b.saved.z_A2I is not None:
-            store_halves(
-                b.saved.z_A2I, assignment, inside, i_block * C.block_i, gate, up, W, C
-            )
+            store_halves(b.saved.z_A2I, assignment, inside, i_block * C.block_i, gate, up, W, C)
         if not C.is_backward:
             store_h(gate, up, tile, i_block, inside, b, W, C)
 

@@ -78,7 +78,7 @@ def store_gradient(
         is_added: 0 or 1, for a gradient in float32.
     """
     COLUMNS: tl.constexpr = acc.shape[1]
-    if COLUMNS > C.stored_columns:
+    if C.stored_columns < COLUMNS:
         left, right = halved(acc)
         store_gradient(start, place, exists, first, STRIDE, left, is_added, C)
         first += COLUMNS // 2
@@ -87,10 +87,10 @@ def store_gradient(
         column = first + tl.arange(0, COLUMNS)
         inside = exists[:, None] & (column < C.hidden)[None, :]
         target = start + place[:, None] + (column.to(tl.int64) * STRIDE)[None, :]
-        DTYPE: tl.constexpr = start.dtype.element_ty
-        if DTYPE == tl.float32:
+        dtype: tl.constexpr = start.dtype.element_ty
+        if dtype == tl.float32:
             acc += tl.load(target, mask=inside & (is_added != 0), other=0.0)
-        tl.store(target, rounded(acc, DTYPE, C), mask=inside)
+        tl.store(target, rounded(acc, dtype, C), mask=inside)
 
 
 @triton.jit
@@ -153,15 +153,17 @@ def shared_dgate_up_tile(tile, block, b, size, C: tl.constexpr):
 
     Reads: dz_C2I, x_TH. Writes: its tiles of the gradient of the shared gate or up.
     """
-    MATRICES: tl.constexpr = 2 if C.expert.has_gate else 1
+    MATRICES: tl.constexpr = C.shared_matrices
     slice_index, matrix = tile // MATRICES, tile % MATRICES
+    if C.expert.has_gate and not C.gradients.shared_gate:
+        matrix = 1
     rows = (slice_index * (size.shared_tiles // C.num_slices) * C.block_rows, size.num_tokens)
     i = block // C.dx_tasks * C.block_i + tl.arange(0, C.block_i)
     row = slice_index * C.intermediate + i
     place, exists = row.to(tl.int64) * C.hidden, (i < C.intermediate) & (row < C.shared_width)
-    out = b.gradients.shared_up_JH
-    if C.expert.has_gate and matrix == 0:
-        out = b.gradients.shared_gate_JH
+    out = b.gradients.shared_gate_JH if C.gradients.shared_gate else b.gradients.shared_up_JH
+    if MATRICES == 2 and matrix == 1:
+        out = b.gradients.shared_up_JH
     first_block = block % C.dx_tasks * C.dx_per_task
     for h_block in range(first_block, min(first_block + C.dx_per_task, C.h_blocks)):
         acc = rows_product(b.scratch.dz_C2I, matrix * C.intermediate + i, i < C.intermediate,
@@ -230,7 +232,9 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
         mask = (start + step < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
         first = b.x_TH + tl.full((), start, tl.int64) * C.hidden
         place = step[:, None] * C.hidden + column[None, :]
-        x = tl.load(first + place, mask=mask, other=0.0)
+        # A token that nothing reaches, as padding is, may hold anything.
+        is_reached = tl.max((dlogits != 0.0).to(tl.int32), 1) > 0
+        x = tl.load(first + place, mask=mask & is_reached[:, None], other=0.0)
         acc = dot(x.to(DTYPE).T, dlogits, acc, C)
     inside = (column < C.hidden)[:, None] & (expert < C.num_experts)[None, :]
     offset = column[:, None] + expert[None, :] * C.hidden
@@ -275,9 +279,7 @@ def dbias_tile(expert, block, b, size, C: tl.constexpr):
             place = b.rows.assignment_of_C + first + ordinal
             assignment = tl.load(place, mask=inside, other=0)
             gate = tl.load(b.routing.gate_TK + assignment, mask=inside, other=0.0)
-            dy = load_columns(
-                b.incoming.dy_TH, assignment // C.top_k, inside, column, C.hidden
-            )
+            dy = load_columns(b.incoming.dy_TH, assignment // C.top_k, inside, column, C.hidden)
             total += tl.sum(gate.to(tl.float32)[:, None] * dy, 0)
     if is_first and b.gradients.gate_up_bias_E2I is not None:
         store_columns(b.gradients.gate_up_bias_E2I, expert, column, C.z_width, total, C)

@@ -38,7 +38,7 @@ def launch_op(call: Call) -> None:
     written = outputs_of(call.rule.stages, call.rule.route)
     outputs = {name: tensor for name, tensor in tensors.items() if name in written}
     inputs = {name: tensor for name, tensor in tensors.items() if name not in written}
-    integers = [call.num_tiles, call.capacity, call.seed]
+    integers = [call.num_tiles, call.capacity, call.seed, call.is_added]
     text = encode((*inputs, *outputs), call.rule)
     _launch([*inputs.values()], [*outputs.values()], integers, text)
 

@@ -40,7 +40,7 @@ def launch(call: Call) -> None:
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with TURN, current:
         workspace = workspace_for(device)
-        if device.type == "cpu" and call.rule.route == "given":
+        if device.type == "cpu" and call.rule.route == "given" and call.rule.stages != "backward":
             check_given(call)
         if not is_capturing(device):
             workspace.raise_errors()
@@ -118,9 +118,7 @@ def complete(b: Buffers, spec: KernelSpec, workspace: Workspace, memory: Memory)
     if spec.timed:
         control = control._replace(times=memory.times)
     rows = memory.rows if spec.makes_rows else b.rows
-    return b._replace(
-        experts=experts, rows=rows, scratch=scratch, saved=saved, control=control
-    )
+    return b._replace(experts=experts, rows=rows, scratch=scratch, saved=saved, control=control)
 
 
 def resolve_workers(config: KernelConfig, device: torch.device) -> int:

@@ -17,9 +17,7 @@ from megakernel.plan.protocol import Protocol
 from megakernel.plan.rules import GradientRule
 
 
-def backward_segments(
-    asked: GradientRule, makes_rows: bool, has_shared: bool
-) -> tuple[int, ...]:
+def backward_segments(asked: GradientRule, makes_rows: bool, has_shared: bool) -> tuple[int, ...]:
     """Return the segments of a backward list.
 
     Args:
@@ -43,7 +41,7 @@ def backward_segments(
         P.MIXED: asked.x and asked.down,
         P.DX_SUM: asked.x and not asked.down,
         P.DDOWN: asked.down and not asked.x,
-        P.SHARED_DGATE_UP: asked.shared_gate_up,
+        P.SHARED_DGATE_UP: asked.shared_gate or asked.shared_up,
         P.SHARED_DDOWN: asked.shared_down,
         P.DBIAS: asked.gate_up_bias or asked.down_bias,
     }
@@ -56,4 +54,3 @@ def needs_ds(asked: GradientRule) -> bool:
     """Whether anything asked for depends on the gradients of weights."""
     through_x = asked.x and (asked.weighs or asked.token_gated)
     return through_x or asked.router or asked.router_bias or asked.gates or asked.token_gate
-

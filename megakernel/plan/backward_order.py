@@ -1,4 +1,4 @@
-"""The order of a backward launch: its counts, waits and signals; see ``order.py``, which asks here.
+"""The order of a backward launch: its counts, waits and signals; ``order.py`` asks here.
 
 A row tile has two counters: of FFN1, where that is run again, and of dH. What a launch writes for
 its caller comes last, and of that the weights; dx stands among the tasks of dDown, so that its

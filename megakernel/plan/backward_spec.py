@@ -169,6 +169,11 @@ class BackwardSpec(KernelSpec):
         return self.i_blocks * self.dx_tasks
 
     @cached_property
+    def shared_matrices(self) -> int:
+        """Which of a slice's gate and up have tasks: those that are not frozen."""
+        return self.gradients.shared_gate + self.gradients.shared_up
+
+    @cached_property
     def gate_up_bias_blocks(self) -> int:
         """Blocks of ``block_h`` columns of the first bias, 0 if it is not asked for."""
         return triton.cdiv(self.z_width, self.block_h) if self.gradients.gate_up_bias else 0
@@ -182,12 +187,11 @@ class BackwardSpec(KernelSpec):
     @cached_property
     def weight_tasks(self) -> tuple[int, ...]:
         """Tasks of each kind from DROUTER on."""
-        matrices = 2 if self.expert.has_gate else 1
         return (
             triton.cdiv(self.num_experts, self.block_experts) * self.router_tasks,
             self.num_experts * self.gate_up_tasks,
             self.num_experts * self.down_tasks,
-            self.num_slices * matrices * self.shared_gate_up_tasks,
+            self.num_slices * self.shared_matrices * self.shared_gate_up_tasks,
             self.num_slices * self.down_tasks,
             self.num_experts * self.bias_tasks,
             self.h_blocks,

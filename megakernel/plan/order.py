@@ -295,12 +295,11 @@ def signal_of(NUMBER: tl.constexpr, kind, tile, block, C: tl.constexpr):
 @triton.jit
 def takes_rows(kind, C: tl.constexpr):
     """Whether a task is for a row tile of the tables and needs to know what it holds."""
-    takes = kind == C.FFN1
-    if C.is_backward:
-        takes = takes | (kind == C.DH) | (kind == C.DX)
+    if C.is_backward:  # noqa: SIM108  (known when compiling)
+        second = (kind == C.DH) | (kind == C.DX)
     else:
-        takes = takes | (kind == C.FFN2)
-    return takes
+        second = kind == C.FFN2
+    return (kind == C.FFN1) | second
 
 
 def _where(condition: bool, chosen: int, other: int) -> int:

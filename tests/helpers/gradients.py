@@ -219,8 +219,6 @@ def gradients_of(outputs: Incoming, leaves: dict[str, Tensor], incoming: Incomin
         for output, gradient in zip(outputs, incoming, strict=True)
         if gradient is not None and output is not None and output.requires_grad
     ]
-    if not pairs:  # no choice is served, so nothing depends on anything
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     found = torch.autograd.grad(
         [output for output, _ in pairs], list(leaves.values()),
         [gradient for _, gradient in pairs], allow_unused=True, materialize_grads=True,
