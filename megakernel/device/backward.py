@@ -149,7 +149,6 @@ def dx_tile(tile, block, content, weight, b, W: tl.constexpr, C: tl.constexpr):
     row = tl.arange(0, C.block_rows)
     inside = row < filled
     dz_start = b.scratch.dz_C2I + (tile * C.block_rows + row).to(tl.int64) * W.width
-    # Not flattened: ptxas would then let no product of the kernel be asynchronous.
     for h_block in range(block, min(block + C.dx_per_task, C.h_blocks)):
         acc = product(dz_start, inside, weight, expert, h_block * W.block, W, C)
         store_dx(acc, tile, h_block * W.block, inside, b, C)

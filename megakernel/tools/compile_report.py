@@ -16,8 +16,8 @@ from megakernel.tools.sass import Code
 WGMMA_ROWS = 64  # the least height that wgmma can serve
 SHOWN_LINES = 8
 COLUMNS = (
-    "config", "model", "dtype", "kind", "purpose", "route", "split", "stages", "timed", "registers",
-    "spill_bytes", "stack_bytes", "shared_bytes", "workers_per_sm", "wgmma", "mma",
+    "config", "model", "dtype", "kind", "purpose", "route", "split", "stages", "timed",
+    "registers", "spill_bytes", "stack_bytes", "shared_bytes", "workers_per_sm", "wgmma", "mma",
     "async_16_byte_loads", "tma_loads", "wgmma_loops", "gemm_loop_local_ops", "other_local_ops",
     "serial_loops", "wgmma_fences", "proxy_fences",
 )  # fmt: skip
