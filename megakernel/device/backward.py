@@ -204,7 +204,7 @@ def through_router(b, token, exists, column, C: tl.constexpr):
     """
     inside = (column < C.hidden)[None, :]
     acc = tl.full(C.turned_tile, 0.0, tl.float32)
-    for first_expert in range(0, C.num_experts, C.router_step):
+    for first_expert in tl.range(0, C.num_experts, C.router_step, num_stages=2):
         expert = first_expert + tl.arange(0, C.router_step)
         served = expert < C.num_experts
         place = token.to(tl.int64)[:, None] * C.num_experts + expert[None, :]
