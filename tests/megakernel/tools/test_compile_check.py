@@ -102,7 +102,8 @@ def test_the_exit_status_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(compile_check, "check", lambda cases, progress: [report] * len(cases))
-    assert main(["--json", "--model", "OLMoE", "--route", "live", "--config", *SHIPPED]) == status
+    wanted = ["--model", "OLMoE", "--route", "live", "--purpose", "forward"]
+    assert main(["--json", *wanted, "--config", *SHIPPED]) == status
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == len(SHIPPED)
     assert printed.err.count("FAILED") == status * len(SHIPPED)
