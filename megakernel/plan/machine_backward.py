@@ -6,6 +6,7 @@ formula with the device code.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megakernel.plan.backward_spec import BackwardSpec
 from megakernel.plan.machine_ffn import (
@@ -31,7 +32,7 @@ def finish_dh(
 
     Args:
         m: memory.
-        at: rows of the launch's own buffers, and which block of I.
+        at: filled rows of the launch's own buffers, and which block of I.
         z_CI: gate and up, or up alone.
         da_CI: dA' = dy · down, not weighted.
         weight_C: of each row.
@@ -45,17 +46,34 @@ def finish_dh(
     h_CI = h_CI.detach()
     if "scratch.ds_CB" in m:
         m.write("scratch.ds_CB", (rows, block), (da_CI * h_CI).sum(1))
-    if "scratch.a_CI" in m:
-        m.write("scratch.a_CI", (rows, columns), weight_C[:, None] * h_CI)
+    place_I = torch.arange(columns.start, columns.stop, device=m.device)
+    write_tile(m, "scratch.a_CI", (rows, place_I), weight_C[:, None] * h_CI)
     return list(dz_CI)
+
+
+def write_tile(m: Memory, name: str, at: tuple[slice, Tensor], values: Tensor) -> None:
+    """Write columns of a whole row tile, where they are wanted: zeros in rows that it lacks.
+
+    The gradients of weights are sums over rows in steps, and count on those zeros.
+
+    Args:
+        m: memory.
+        name: of the buffer.
+        at: filled rows, and which columns.
+        values: of the filled rows.
+    """
+    rows, place_I = at
+    if name in m:
+        height = m.spec.block_rows
+        row_C = torch.arange(rows.start, rows.start + height, device=m.device)
+        missing = height - len(values)
+        m.write(name, (row_C[:, None], place_I[None, :]), pad(values, (0, 0, 0, missing)))
 
 
 def write_dz(m: Memory, rows: slice, halves: list[Tensor], dz_CI: list[Tensor]) -> None:
     """Write the gradients of gate and up where their sums lie among the columns of z."""
-    row_C = torch.arange(rows.start, rows.stop, device=m.device)
     for place_I, half_CI in zip(halves, dz_CI, strict=True):
-        if "scratch.dz_C2I" in m:
-            m.write("scratch.dz_C2I", (row_C[:, None], place_I[None, :]), half_CI)
+        write_tile(m, "scratch.dz_C2I", (rows, place_I), half_CI)
 
 
 def dh(m: Memory, tile: int, block: int) -> None:

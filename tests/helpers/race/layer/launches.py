@@ -220,6 +220,8 @@ BACKWARDS = [
     Launch("backward-x", "weights are frozen: no dDown for dx to stand among", "replay",
            asks=("x_TH",), **BACK),
     Launch("backward-router", "all but the router is frozen", asks=("router.weight_EH",), **BACK),
+    Launch("backward-weights", "nothing but gradients of expert weights", "replay",
+           asks=("experts.gate_up_E2IH", "experts.down_EHI"), **BACK),
     Launch("backward-wide", "tasks of several blocks of H", "replay",
            **BACK | {"widths": (48, 32)}, config={"blocks_per_task": 2}),
     Launch("backward-dropped", "choices over capacity", router={"capacity": 9}, **BACK),
