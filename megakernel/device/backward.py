@@ -146,9 +146,7 @@ def dx_tile(tile, block, content, weight, b, W: tl.constexpr, C: tl.constexpr):
     row = tl.arange(0, C.block_rows)
     inside = row < filled
     dz_start = b.scratch.dz_C2I + (tile * C.block_rows + row).to(tl.int64) * W.width
-    # Flattened, the next block's first loads are under way while this one's sums are stored.
-    FLAT: tl.constexpr = False
-    for h_block in tl.range(block, min(block + C.dx_per_task, C.h_blocks), flatten=FLAT):
+    for h_block in range(block, min(block + C.dx_per_task, C.h_blocks)):
         acc = product(dz_start, inside, weight, expert, h_block * W.block, W, C)
         store_dx(acc, tile, h_block * W.block, inside, b, C)
 
@@ -203,8 +201,8 @@ def through_router(b, token, exists, column, C: tl.constexpr):
     """
     inside = (column < C.hidden)[None, :]
     acc = tl.full(C.turned_tile, 0.0, tl.float32)
-    for first_expert in range(0, C.num_experts, C.grad_step):
-        expert = first_expert + tl.arange(0, C.grad_step)
+    for first_expert in tl.range(0, C.num_experts, C.router_step, num_stages=2):
+        expert = first_expert + tl.arange(0, C.router_step)
         served = expert < C.num_experts
         place = token.to(tl.int64)[:, None] * C.num_experts + expert[None, :]
         mask = exists[:, None] & served[None, :]

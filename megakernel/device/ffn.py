@@ -118,9 +118,9 @@ def ffn1_tile(
     else:
         assignment = tl.load(place, mask=inside, other=0)
     x_start = b.x_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
-    # Flattened, the next block's first loads are under way while this one's sums are stored.
-    FLAT: tl.constexpr = C.flattened and C.i_per_task > 1
-    for i_block in tl.range(block, ffn1_end_of(block, size, C), flatten=FLAT):
+    # Not flattened with the loop inside, whose next loads would then start under this one's end:
+    # ptxas would let each product of the kernel wait for the one before.
+    for i_block in range(block, ffn1_end_of(block, size, C)):
         first_row = i_block * W.block
         acc = product(x_start, inside, weight, expert, first_row, W, C)
         if b.experts.gate_up_bias_E2I is not None:
@@ -144,8 +144,7 @@ def ffn2_tile(
     row = tl.arange(0, W.tile_rows)
     inside = row < filled
     h_start = b.scratch.h_CI + (tile * C.block_rows + row).to(tl.int64) * C.intermediate
-    FLAT: tl.constexpr = C.flattened and C.h_per_task > 1
-    for h_block in tl.range(block, ffn2_end_of(block, size, C), flatten=FLAT):
+    for h_block in range(block, ffn2_end_of(block, size, C)):
         first_row = h_block * W.block
         acc = product(h_start, inside, weight, expert, first_row, W, C)
         if b.experts.down_bias_EH is not None:

@@ -227,7 +227,7 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
     acc = tl.full(C.router_tile, 0.0, tl.float32)
     step = tl.arange(0, C.grad_step)
     # Turned: as the right side dlogits come in wide loads.
-    for start in tl.range(0, size.num_tokens, C.grad_step, num_stages=C.num_stages):
+    for start in tl.range(0, size.num_tokens, C.grad_step, num_stages=C.gather_stages):
         dlogits = rounded(load_dlogits(start, expert, b, size, C), DTYPE, C)
         mask = (start + step < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
         first = b.x_TH + tl.full((), start, tl.int64) * C.hidden

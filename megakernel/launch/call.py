@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megakernel.config import KernelConfig
 from megakernel.formats import Dense
-from megakernel.launch.fences import needs_fences, numbers_of
+from megakernel.launch.fences import needs_fences
 from megakernel.plan.backward_spec import BackwardSpec
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.order import INTERPRETED
@@ -70,18 +70,6 @@ class Call:
         tokens = self.buffers.y_TH if self.buffers.x_TH is None else self.buffers.x_TH
         assert tokens is not None
         return tokens
-
-
-def flattens_well(version: str) -> bool:
-    """Say whether a version of Triton can flatten a loop over products.
-
-    From 3.8.0 on it may lay the shared memory of several such loops side by side, and then spills:
-    with gpt-oss's biases, or with low tails, the kernel would not fit.
-
-    Args:
-        version: as ``triton.__version__`` has it.
-    """
-    return numbers_of(version) < (3, 8)
 
 
 class LayerSizes(NamedTuple):
@@ -179,7 +167,6 @@ def _make_spec(
         fast_sigmoid=fast_sigmoid,
         timed=rule.config.record_times,
         fenced=needs_fences(triton.__version__),
-        flattened=flattens_well(triton.__version__),
         interpreted=INTERPRETED,
         **sizes._asdict(),
         **compiled,

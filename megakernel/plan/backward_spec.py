@@ -131,6 +131,11 @@ class BackwardSpec(KernelSpec):
         """Stages of a loop whose loads need a lookup each: Triton gives half of them to that."""
         return 2 * min(self.num_stages, 3) - 1
 
+    @cached_property
+    def router_step(self) -> int:
+        """Experts of a step of dlogits · router: LLVM unrolls those steps, so two will do."""
+        return max(16, min(self.experts_pad // 2, 128))
+
     # Tasks per tile of what writes the gradient of a weight; see KINDS for what a tile is.
 
     @cached_property

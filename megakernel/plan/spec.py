@@ -37,7 +37,6 @@ class KernelSpec(Protocol):
         shared_width: J, 0 without a shared expert.
         timed: whether each task's times are kept.
         fenced: whether the fences that this Triton leaves out are added; see launch/fences.py.
-        flattened: whether the loops over a task's blocks and over their steps become one.
         interpreted: whether Triton's interpreter runs the kernel.
     """
 
@@ -74,7 +73,6 @@ class KernelSpec(Protocol):
     num_stages: int
     timed: bool
     fenced: bool
-    flattened: bool
     interpreted: bool
 
     def __hash__(self) -> int:

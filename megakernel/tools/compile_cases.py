@@ -19,6 +19,7 @@ from megakernel.launch.collect import (
 from megakernel.plan.buffers import Rows, Slots
 from megakernel.plan.forward import STAGES
 from megakernel.plan.spec import KernelSpec
+from megakernel.tools.compile_backward import for_purpose
 from megakernel.tools.models import KIND_OF_MODEL, KINDS, MODELS, ModelShape
 
 ROUTES = ("live", "given", "replay")
@@ -47,6 +48,17 @@ FLOAT32_CALLS = (
     ("gpt-oss-120b", "live"),
     ("DeepSeek-V3 routed", "live"),
 )
+# Every model with its router, and those whose parts are of different kinds in every way.
+KINDS_TRAINED = (ONE_MODEL, "gpt-oss-120b", "DeepSeek-V3 routed")
+TRAINED = (
+    *((model_name, "live", "backward") for model_name in MODELS),
+    *((model_name, "replay", "backward") for model_name in KINDS_TRAINED),
+    *((model_name, "given", "backward") for model_name in KINDS_TRAINED),
+    *((ONE_MODEL, "replay", purpose) for purpose in ("frozen", "anew", "added")),
+    ("DeepSeek-V3 routed", "live", "anew"),
+    *((model_name, "live", "saving") for model_name in KINDS_TRAINED),
+    (ONE_MODEL, "replay", "saving"),
+)
 TALL_FLOAT32 = replace(FLOAT32, block_rows=SHIPPED["rows128"].block_rows)
 
 
@@ -63,6 +75,7 @@ class CompileCase:
         split: see KernelSpec.
         stages: see KernelSpec; "rows" and "combine" are of a replay.
         dtype: of tokens and weights.
+        purpose: of PURPOSES, what the launch is for.
     """
 
     name: str
@@ -73,6 +86,7 @@ class CompileCase:
     split: str = "one"
     stages: str = "layer"
     dtype: torch.dtype = torch.bfloat16
+    purpose: str = "forward"
 
     @property
     def spec(self) -> KernelSpec:
@@ -93,12 +107,14 @@ class CompileCase:
         marks = [self.name, f"for {self.model.name}, {self.route}, split {self.split}"]
         marks[1:1] = ["(timed)"] if self.config.record_times else []
         marks[1:1] = [f"({self.stages})"] if self.stages != "layer" else []
+        marks[1:1] = [f"({self.purpose})"] if self.purpose != "forward" else []
         return " ".join(marks)
 
 
 def compile_cases() -> list[CompileCase]:
     """Return every case: the layers of the shipped configs, and for one model also the rest."""
-    return [*layer_cases(), *slot_cases(), *stage_cases(), *lever_cases(), *float32_cases()]
+    forward = [*layer_cases(), *slot_cases(), *stage_cases(), *lever_cases(), *float32_cases()]
+    return [*forward, *training_cases()]
 
 
 def figure_cases() -> list[CompileCase]:
@@ -109,6 +125,7 @@ def figure_cases() -> list[CompileCase]:
         if case.model.name == ONE_MODEL
         and case.route in ("live", "replay")
         and (case.split, case.stages, case.config.record_times) == ("one", "layer", False)
+        and case.purpose in ("forward", "saving", "backward")
     ]
 
 
@@ -165,6 +182,25 @@ def float32_cases() -> list[CompileCase]:
     return [replace(case, dtype=torch.float32) for case in cases]
 
 
+def training_cases() -> list[CompileCase]:
+    """Return what training launches: for each model saving and all gradients, the rest for some.
+
+    A backward sorts ids into rows or has tables, and goes on to a router or does not: live and
+    replay with it, given without.
+    """
+    configs = {**SHIPPED, "float32": FLOAT32}
+    return [
+        _case(name, config, model_name, route, purpose=purpose, dtype=_dtype_of(name))
+        for name, config in configs.items()
+        for model_name, route, purpose in TRAINED
+        if name in ("rows128", "float32") or model_name in KINDS_TRAINED
+    ]
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
 def _case(
     name: str, config: KernelConfig, model_name: str, route: str, **more: Any
 ) -> CompileCase:
@@ -174,6 +210,11 @@ def _case(
 
 def make_call(case: CompileCase, num_tokens: int = 1) -> Call:
     """Return a call without storage: shapes, dtypes and alignment of a real one."""
+    return for_purpose(make_forward_call(case, num_tokens), case.purpose)
+
+
+def make_forward_call(case: CompileCase, num_tokens: int) -> Call:
+    """Return the forward that a case is or belongs to."""
     model, T = case.model, num_tokens
     router, experts = (_in_dtype(one, case.dtype) for one in KINDS[case.kind](model))
     x_TH, y_TH = (_meta(T, model.hidden, dtype=case.dtype) for _ in range(2))

@@ -1,6 +1,7 @@
 """Compile the shipped configs for sm_90 on any machine, and read what they cost from the cubins.
 
-Every model is compiled as its users call it: with its router, biases, layout and shared expert.
+Every model is compiled as its users call it: with its router, biases, layout and shared expert;
+what training launches too, see :data:`megakernel.tools.compile_backward.PURPOSES`.
 
 ``python -m megakernel.tools.compile_check [--json | --figures]`` exits with 1 when a config breaks
 a rule of :func:`megakernel.tools.compile_report.broken_rules`, and names both.
@@ -19,10 +20,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from megakernel.device.backward_kernel import backward_kernel
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.run import kernel_arguments
 from megakernel.launch.workspace import Workspace
 from megakernel.plan.spec import KernelSpec
+from megakernel.tools.compile_backward import PURPOSES
 from megakernel.tools.compile_cases import (
     ROUTES,
     CompileCase,
@@ -43,7 +46,7 @@ from megakernel.tools.compile_report import (
 from megakernel.tools.cubin import read_cubin
 from megakernel.tools.models import MODELS
 
-Key = tuple[KernelSpec, int, str, torch.dtype]
+Key = tuple[KernelSpec, int, str, torch.dtype, str]
 NUM_PROCESSES = 2
 CONFIGS = sorted({case.name for case in compile_cases()})
 
@@ -84,9 +87,9 @@ def key_of(case: CompileCase) -> Key:
     """Return what the code of a case depends on.
 
     A spec does not say which biases there are, nor their dtype: kinds of equal specs differ in
-    them.
+    them. Nor does it say what is saved, nor the dtype of gradients.
     """
-    return case.spec, case.config.num_warps, case.kind, case.dtype
+    return case.spec, case.config.num_warps, case.kind, case.dtype, case.purpose
 
 
 def compile_case(case: CompileCase) -> Compilation:
@@ -98,7 +101,8 @@ def compile_case(case: CompileCase) -> Compilation:
     workspace = Workspace(torch.device("meta"))
     arguments = kernel_arguments(make_call(case), case.spec, workspace)
     num_workers = max_polls = 1  # runtime values the code does not depend on
-    compiled = moe_kernel.warmup(
+    kernel = backward_kernel if case.spec.is_backward else moe_kernel
+    compiled = kernel.warmup(
         *arguments, num_workers, max_polls, C=case.spec, num_warps=case.config.num_warps, grid=(1,)
     )
     cubin = read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
@@ -140,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, help="only this model")
     parser.add_argument("--config", choices=CONFIGS, nargs="+", help="only these configs")
     parser.add_argument("--route", choices=ROUTES, help="only this route")
+    parser.add_argument("--purpose", choices=PURPOSES, nargs="+", help="only these launches")
     wanted = parser.parse_args(arguments)
     cases = [
         case
@@ -147,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wanted.model in (None, case.model.name)
         and (wanted.config is None or case.name in wanted.config)
         and wanted.route in (None, case.route)
+        and (wanted.purpose is None or case.purpose in wanted.purpose)
     ]
     reports = check(cases, lambda line: print(line, file=sys.stderr, flush=True))
     formats = {"json": format_json, "figures": format_figures}

@@ -16,14 +16,15 @@ from megakernel.tools.sass import Code
 WGMMA_ROWS = 64  # the least height that wgmma can serve
 SHOWN_LINES = 8
 COLUMNS = (
-    "config", "model", "dtype", "kind", "route", "split", "stages", "timed", "registers",
-    "spill_bytes", "stack_bytes", "shared_bytes", "workers_per_sm", "wgmma", "mma",
+    "config", "model", "dtype", "kind", "purpose", "route", "split", "stages", "timed",
+    "registers", "spill_bytes", "stack_bytes", "shared_bytes", "workers_per_sm", "wgmma", "mma",
     "async_16_byte_loads", "tma_loads", "wgmma_loops", "gemm_loop_local_ops", "other_local_ops",
-    "wgmma_fences", "proxy_fences",
+    "serial_loops", "wgmma_fences", "proxy_fences",
 )  # fmt: skip
 FIGURES = {
     "config": "config",
     "model": "model",
+    "purpose": "purpose",
     "route": "route",
     "registers": "registers",
     "stack_bytes": "stack, bytes",
@@ -32,6 +33,7 @@ FIGURES = {
     "shared_bytes": "shared, bytes",
     "workers_per_sm": "workers that fit",
     "wgmma_loops": "loops with wgmma",
+    "serial_loops": "of those, serial",
     "proxy_fences": "proxy fences",
     "wgmma_fences": "wgmma fences",
 }
@@ -61,7 +63,7 @@ class Compilation(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopReport:
-    """One GEMM loop: place, counts as in :class:`CaseReport`, ways as in :class:`GemmLoop`."""
+    """One GEMM loop: place, counts as in :class:`CaseReport`, the rest as in :class:`GemmLoop`."""
 
     first_address: int
     last_address: int
@@ -72,6 +74,7 @@ class LoopReport:
     mma: int
     async_16_byte_loads: int
     tma_loads: int
+    serial: bool
     local_ops: tuple[str, ...]
 
 
@@ -80,7 +83,7 @@ class CaseReport:
     """What one case costs.
 
     Attributes:
-        config, model, dtype, route, kind, split, stages, timed: of the case.
+        config, model, dtype, route, kind, split, stages, purpose, timed: of the case.
         default_for: phases (decode, prefill) in which the config is the default.
         block_rows, block_tokens: heights of the config's row tile and token tile.
         registers: per thread.
@@ -91,6 +94,7 @@ class CaseReport:
         wgmma, mma: tensor core instructions, of a warp group and of a warp.
         async_16_byte_loads, tma_loads: asynchronous load instructions.
         wgmma_loops: GEMM loops with wgmma.
+        serial_loops: those of them in which each product waits for the one before.
         gemm_loop_local_ops: loads and stores of spilled registers in the GEMM loops.
         other_local_ops: those elsewhere.
         wgmma_fences, proxy_fences, unfenced: see FenceCounts.
@@ -106,6 +110,7 @@ class CaseReport:
     kind: str
     split: str
     stages: str
+    purpose: str
     timed: bool
     default_for: list[str]
     block_rows: int
@@ -121,6 +126,7 @@ class CaseReport:
     async_16_byte_loads: int
     tma_loads: int
     wgmma_loops: int
+    serial_loops: int
     gemm_loop_local_ops: int
     other_local_ops: int
     wgmma_fences: int
@@ -132,6 +138,7 @@ class CaseReport:
     def __str__(self) -> str:
         timed = ", timed" if self.timed else ""
         stages = "" if self.stages == "layer" else f", stage {self.stages}"
+        stages += "" if self.purpose == "forward" else f", {self.purpose}"
         return f"{self.config} for {self.model}, {self.route}, split {self.split}{stages}{timed}"
 
 
@@ -158,6 +165,11 @@ def _broken_products(report: CaseReport) -> Iterator[str]:
         yield f"wgmma in tiles of {WGMMA_ROWS} rows or more: none in {report.block_rows}"
     elif min(report.block_rows, report.block_tokens) >= WGMMA_ROWS and report.mma:
         yield f"wgmma in tiles of {WGMMA_ROWS} rows or more: {report.mma} mma instead"
+    if report.serial_loops:
+        yield (
+            "wgmma that does not wait for the product before: "
+            f"in {report.serial_loops} of {report.wgmma_loops} loops each does"
+        )
     if report.unfenced:
         yield (
             f"a proxy fence above each of {report.wgmma_fences} groups of wgmma: "
@@ -184,6 +196,7 @@ def make_report(case: CompileCase, compiled: Compilation) -> CaseReport:
         kind=case.kind,
         split=case.split,
         stages=case.stages,
+        purpose=case.purpose,
         timed=config.record_times,
         default_for=case.default_for,
         block_rows=config.block_rows,
@@ -195,6 +208,7 @@ def make_report(case: CompileCase, compiled: Compilation) -> CaseReport:
         workers_per_sm=workers_per_sm(cubin.registers, cubin.shared_bytes, config.num_warps),
         wanted_workers_per_sm=config.workers_per_sm,
         wgmma_loops=sum(loop.wgmma > 0 for loop in cubin.gemm_loops),
+        serial_loops=sum(loop.is_serial for loop in cubin.gemm_loops),
         gemm_loop_local_ops=in_loops,
         other_local_ops=len(cubin.code.local_ops) - in_loops,
         gemm_loops=tuple(map(_loop_report, cubin.gemm_loops)),
@@ -213,6 +227,7 @@ def _loop_report(loop: GemmLoop) -> LoopReport:
         before=loop.before,
         per_step=loop.per_step,
         after=loop.after,
+        serial=loop.is_serial,
         local_ops=tuple(map(str, loop.local_ops)),
         **_counts(loop),
     )

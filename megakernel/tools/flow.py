@@ -51,6 +51,12 @@ class GemmLoop(Code):
     per_step: int
     after: int | None
 
+    @property
+    def is_serial(self) -> bool:
+        """Whether each product waits for the one before, as ptxas has it where registers lack."""
+        waits = sum("WARPGROUP.DEPBAR" in one.text for one in self.instructions)
+        return waits >= self.wgmma > 1
+
 
 def build_flow_graph(
     instructions: list[Instruction],

@@ -1,12 +1,14 @@
 """What is compiled: every shipped config as models call it, and each thing beside, once."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from megakernel.config import FLOAT32, ROWS128, SHIPPED
+from megakernel.plan.backward_spec import BackwardSpec
 from megakernel.plan.rules import ExpertRule, RouterRule
+from megakernel.tools.compile_backward import BACKWARDS, PURPOSES
 from megakernel.tools.compile_cases import (
     LEVERS,
     CompileCase,
@@ -20,7 +22,8 @@ CASE = CompileCase("rows128", ROWS128, MODELS["OLMoE"], "live")
 LAYERS = [
     case
     for case in compile_cases()
-    if (case.split, case.stages) == ("one", "layer") and case.config in SHIPPED.values()
+    if (case.split, case.stages, case.purpose) == ("one", "layer", "forward")
+    and case.config in SHIPPED.values()
 ]
 
 
@@ -45,7 +48,8 @@ def test_every_shipped_config_is_compiled_with_its_clock() -> None:
 def test_every_shipped_config_is_compiled_in_stages() -> None:
     cases = {(case.name, case.stages) for case in compile_cases() if case.stages != "layer"}
     assert cases == {(name, stages) for name in SHIPPED for stages in ("rows", "combine")}
-    assert all(case.spec.stages == case.stages for case in compile_cases())
+    forward = [case for case in compile_cases() if case.purpose not in BACKWARDS]
+    assert all(case.spec.stages == case.stages for case in forward)
 
 
 def test_every_lever_is_moved_alone_in_every_shipped_config() -> None:
@@ -77,6 +81,47 @@ def test_float32_is_compiled_in_every_route_for_every_kind_and_at_a_replays_heig
         call = make_call(case)
         weights = [call.buffers.experts.down_EHI, call.buffers.experts.gate_up_bias_E2I]
         assert {w.dtype for w in [call.tokens, *weights] if w is not None} == {torch.float32}
+
+
+def test_every_config_is_compiled_for_everything_that_training_launches() -> None:
+    cases = {(case.name, case.purpose) for case in compile_cases()}
+    assert cases >= {(name, one) for name in (*SHIPPED, "float32") for one in PURPOSES}
+
+
+@pytest.mark.parametrize("route", ["live", "given", "replay"])
+def test_a_backward_asks_for_every_gradient_there_is(route: str) -> None:
+    case = replace(CASE, model=MODELS["gpt-oss-120b"], kind="gpt-oss", route=route)
+    asked = gradients_of(replace(case, purpose="backward"))
+    router = set() if route == "given" else {"router", "router_bias", "weighs"}
+    weights = {"gate_up", "down", "gate_up_bias", "down_bias"}
+    assert asked == {"x", *weights} | (router or {"gates"})
+    assert gradients_of(replace(case, purpose="frozen")) == {"x"} | (router & {"weighs"})
+    assert gradients_of(replace(case, purpose="anew")) == asked | {"recomputes"}
+
+
+def gradients_of(case: CompileCase) -> set[str]:
+    """The gradients that the launch of a case is compiled for, and what it works from."""
+    spec = case.spec
+    assert isinstance(spec, BackwardSpec) and spec.route == {"live": "given"}.get(
+        case.route, case.route
+    )
+    return {name for name, asked in asdict(spec.gradients).items() if asked}
+
+
+def test_gradients_are_added_to_float32_buffers_in_one_purpose_alone() -> None:
+    for purpose in BACKWARDS[:1] + BACKWARDS[-1:]:
+        call = make_call(replace(CASE, purpose=purpose))
+        places = call.buffers.gradients
+        dtype = torch.float32 if purpose == "added" else torch.bfloat16
+        weights = places.gate_up_E2IH, places.down_EHI
+        assert [weight.dtype for weight in weights if weight is not None] == [dtype, dtype]
+        assert call.is_added == (purpose == "added")
+
+
+def test_a_forward_saves_what_its_backward_reads() -> None:
+    call = make_call(replace(CASE, purpose="saving"))
+    assert call.buffers.saved.z_A2I is not None
+    assert call.rule.stages == "layer"
 
 
 def test_no_two_cases_are_the_same() -> None:

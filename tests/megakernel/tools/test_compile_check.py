@@ -17,7 +17,9 @@ from megakernel.device.kernel import moe_kernel
 from megakernel.launch import fences
 from megakernel.launch.fences import FENCE, fence_compilations, needs_fences
 from megakernel.tools import compile_check
+from megakernel.tools.compile_backward import PURPOSES
 from megakernel.tools.compile_cases import (
+    ROUTES,
     CompileCase,
     compile_cases,
     figure_cases,
@@ -100,7 +102,8 @@ def test_the_exit_status_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(compile_check, "check", lambda cases, progress: [report] * len(cases))
-    assert main(["--json", "--model", "OLMoE", "--route", "live", "--config", *SHIPPED]) == status
+    wanted = ["--model", "OLMoE", "--route", "live", "--purpose", "forward"]
+    assert main(["--json", *wanted, "--config", *SHIPPED]) == status
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == len(SHIPPED)
     assert printed.err.count("FAILED") == status * len(SHIPPED)
@@ -116,7 +119,10 @@ def test_figures_are_of_one_model_and_the_wanted_configs(
     assert [(case.name, case.route) for case in shown] == [
         ("rows64", "live"), ("rows64", "replay"), ("rows64 tile_group=1", "live"),
         ("float32", "live"), ("float32", "replay"),
+        *([("rows64", "live"), ("rows64", "replay")] * 2),
+        *([("float32", "live"), ("float32", "replay")] * 2),
     ]  # fmt: skip
+    assert {case.purpose for case in shown} == {"forward", "saving", "backward"}
     assert capsys.readouterr().out == format_figures([CLEAN]) + "\n"
     names = {case.name for case in figure_cases()}
     assert names >= {*SHIPPED, "float32"} | {case.name for case in lever_cases()}
@@ -187,18 +193,41 @@ def test_the_config_for_float32_launches_no_more_workers_than_fit() -> None:
     assert len(report.gemm_loops) == 2 and not report.wgmma
 
 
+# Not one test of all: none may last longer than a test is given.
+PARTS = {
+    "forward": ["--purpose", "forward"],
+    **{f"training, {route}": ["--purpose", *PURPOSES[1:], "--route", route] for route in ROUTES},
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("config", [*SHIPPED, "float32"])
-def test_the_program_passes_for_all_models(config: str) -> None:
+def test_the_program_passes_for_all_models(config: str, part: str) -> None:
     cases = [case for case in compile_cases() if case.name.split()[0] == config]
     names = sorted({case.name for case in cases})
+    command = [sys.executable, "-m", "megakernel.tools.compile_check", "--json", *PARTS[part]]
     done = subprocess.run(
-        [sys.executable, "-m", "megakernel.tools.compile_check", "--json", "--config", *names],
+        [*command, "--config", *names],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
-    assert len(reports) == len(cases) > 0
+    is_part = {"forward": lambda case: case.purpose == "forward"}.get(
+        part, lambda case: case.purpose != "forward" and case.route == part.split()[-1]
+    )
+    assert len(reports) == sum(map(is_part, cases)) > 0
     assert all(report.keys() >= REQUIRED for report in reports)
+
+
+@pytest.mark.slow
+def test_the_backward_compiles_to_products_that_run_under_the_next_loads() -> None:
+    case = CompileCase("rows128", ROWS128, MODELS["Qwen3-30B-A3B"], "given", purpose="backward")
+    (report,) = check([case])
+    assert broken_rules(report) == []
+    # dH and dX read weights by TMA; the gradients of weights gather rows, a lookup ahead.
+    assert [loop.tma_loads for loop in report.gemm_loops] == [1, 1, 0, 0]
+    assert [loop.async_16_byte_loads for loop in report.gemm_loops] == [4, 4, 12, 12]
+    assert all(loop.wgmma == 4 and not loop.serial for loop in report.gemm_loops)

@@ -22,18 +22,20 @@ from megakernel.tools.compile_report import (
 
 CLEAN = CaseReport(
     config="rows128", model="OLMoE", dtype="bfloat16", route="live", kind="plain", split="one",
-    stages="layer", timed=False, default_for=["prefill"], block_rows=128, block_tokens=64,
-    registers=255, spill_bytes=0, stack_bytes=0, shared_bytes=98_328, workers_per_sm=2,
+    stages="layer", purpose="forward", timed=False, default_for=["prefill"],
+    block_rows=128, block_tokens=64, registers=255, spill_bytes=0, stack_bytes=0,
+    shared_bytes=98_328, workers_per_sm=2,
     wanted_workers_per_sm=2, wgmma=28, mma=0, async_16_byte_loads=64, tma_loads=9, wgmma_loops=1,
-    gemm_loop_local_ops=0, other_local_ops=0, wgmma_fences=3, proxy_fences=5, unfenced=0,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, 298, 16, 0, 8, 2, ()),), spills_of_source={},
+    serial_loops=0, gemm_loop_local_ops=0, other_local_ops=0, wgmma_fences=3, proxy_fences=5,
+    unfenced=0, spills_of_source={},
+    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, 298, 16, 0, 8, 2, False, ()),),
 )  # fmt: skip
 SPILL = "0x1f00: LDL R3, [R1+0x8]  [ffn.py:70]"
 SPILLING = replace(
     CLEAN,
     spill_bytes=8,
     gemm_loop_local_ops=1,
-    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, None, 16, 0, 8, 2, (SPILL,)),),
+    gemm_loops=(LoopReport(0x1E50, 0x2F00, 376, 123, None, 16, 0, 8, 2, False, (SPILL,)),),
     spills_of_source={"ffn.py:70": 1, "queue.py:28": 3},
 )
 REQUIRED = {
@@ -74,6 +76,11 @@ REQUIRED = {
         pytest.param({"mma": 16, "block_tokens": 16}, [], id="the router has a low tile"),
         pytest.param({"wgmma": 0, "dtype": "float32"}, [], id="float32 has no tensor core"),
         pytest.param({"wgmma": 0, "stages": "combine"}, [], id="the combine has no product"),
+        pytest.param(
+            {"serial_loops": 2, "wgmma_loops": 3},
+            ["wgmma that does not wait for the product before: in 2 of 3 loops each does"],
+            id="ptxas had too few registers",
+        ),
         pytest.param(
             {"unfenced": 2},
             ["a proxy fence above each of 3 groups of wgmma: 2 have none"],
@@ -121,7 +128,7 @@ def test_the_table_shows_every_figure_and_where_it_spills() -> None:
 def test_figures_are_a_table_of_markdown_with_the_ways_of_each_loop() -> None:
     header, rule, clean, spilling = format_figures([CLEAN, SPILLING]).splitlines()
     assert header.count("|") == rule.count("|") == clean.count("|") == len(FIGURES) + 2
-    assert clean.startswith("| rows128 | OLMoE | live | 255 |")
+    assert clean.startswith("| rows128 | OLMoE | forward | live | 255 |")
     assert clean.endswith("| 5 | 3 | 376 / 123 / 298 |")
     assert spilling.endswith("| 376 / 123 / - |")
 

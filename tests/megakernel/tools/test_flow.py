@@ -167,6 +167,22 @@ def test_a_way_that_is_longer_is_not_taken_for_being_tried_first() -> None:
     assert (loop.before, loop.per_step, loop.after) == (1, 2, 2)
 
 
+PRODUCT, WAIT = "HGMMA.64x256x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_serial"),
+    [
+        pytest.param([PRODUCT, PRODUCT, WAIT], False, id="one wait a step"),
+        pytest.param([PRODUCT, WAIT, PRODUCT, WAIT], True, id="one after each product"),
+        pytest.param([PRODUCT, WAIT], False, id="a single product"),
+    ],
+)
+def test_products_that_wait_for_one_another_are_seen(lines: list[str], is_serial: bool) -> None:
+    (loop,) = find("MOV R1, R2", ".L_1:", *lines, "@P0 BRA `(.L_1)", "EXIT")
+    assert loop.is_serial is is_serial
+
+
 def test_without_a_task_loop_ways_start_at_the_kernel() -> None:
     (loop,) = find(LOAD, LOAD, ".L_x_0:", WGMMA, STORE, "@P0 BRA `(.L_x_0)", "EXIT")
     assert (loop.before, loop.per_step, loop.after) == (2, 3, None)
