@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megakernel.checks.calls import check_gradient_tiles
 from megakernel.checks.tensors import check_no_tangent
+from megakernel.config import SAVES
 from megakernel.experts import MainGrad
 from megakernel.launch.call import Call, CallRule
 from megakernel.launch.op import launcher
@@ -27,7 +28,6 @@ from megakernel.plan.buffers import (
 )
 from megakernel.replay import Replay
 
-SAVES = ("preactivations", "nothing")
 MAIN = ("gate_up_E2IH", "down_EHI")  # weights that a MainGrad has buffers for
 
 # What can have a gradient, by dotted name, and where a backward launch puts it.

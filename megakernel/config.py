@@ -6,6 +6,8 @@ import torch
 
 SHARED_LIMIT_BYTES = 232_448  # what one Hopper thread block may use
 
+SAVES = ("preactivations", "nothing")  # what a forward keeps for its backward
+
 
 @dataclass(frozen=True)
 class LayerShape:

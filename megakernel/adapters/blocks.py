@@ -1,34 +1,16 @@
 """A transformers sparse block as one launch: subclasses that keep parameters, keys and hooks."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from megakernel.adapters.families import Family, family_of, read_shared
-from megakernel.adapters.modules import check_experts_module, local, read_experts
+from megakernel.adapters.families import Family, check_shared, family_of, read_shared
+from megakernel.adapters.modules import check_experts_module, local, read_experts, unwrap
+from megakernel.adapters.state import LayerState
 from megakernel.api import MoEOutput, moe, moe_routed
-from megakernel.config import KernelConfig
-from megakernel.placement import Placement
-from megakernel.replay import Replay
-
-
-@dataclass
-class LayerState:
-    """What a layer does on top of its weights. Plain data: it is in no ``state_dict``.
-
-    Attributes:
-        config: how to cut the work; None for the default of each call.
-        placement: experts in slots; None for the identity.
-        replay: forced routing; None to route live.
-        recorded: where (ids, weights) of each call go; None when nobody records.
-    """
-
-    config: KernelConfig | None = None
-    placement: Placement | None = None
-    replay: Replay | None = None
-    recorded: list[tuple[Tensor, Tensor]] | None = None
+from megakernel.experts import Experts
 
 
 class FusedBlock(nn.Module):
@@ -43,27 +25,57 @@ class FusedBlock(nn.Module):
         """Run gate, dispatch, experts, shared ones too, and combine as one launch."""
         state, family = self.megakernel, self.family
         gate: Any = getattr(self, family.gate)
+        check_own(gate, family.gate)
         if self.training and getattr(self, "jitter_noise", 0.0) > 0.0:
             raise ValueError(
                 f"router_jitter_noise must be 0 in training, got {self.jitter_noise}: the launch "
                 "adds no noise"
             )
-        router = family.router(gate)
+        router, replay = family.router(gate), state.choose_replay()
         out = moe(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             local(gate.weight),
-            read_experts(self.experts, read_shared(self, family)),
+            self.read_experts(),
             router,
-            replay=state.replay,
-            placement=state.placement if state.replay is None else None,
+            replay=replay,
+            placement=state.placement if replay is None else None,
             config=state.config,
+            save=state.save,
         )
-        if state.recorded is not None:
-            state.recorded.append((out.expert_of_TK, out.gate_TK))
+        state.record(out.expert_of_TK, out.gate_TK)
         if gate._forward_hooks:  # transformers records router_logits by a hook on the gate
-            gate(routed=as_router_output(out, hidden_states, router.score))
+            routed = as_router_output(out, hidden_states, router.score)
+            gate(tap=lambda _: routed)
         y = out.y_TH.view(hidden_states.shape)
         return (y, out.gate_TK) if family.returns_weights else y
+
+    def read_experts(self) -> Experts:
+        """Return the weights as they are now, also those of a wrapper around the experts.
+
+        peft puts LoRA on parameters by a wrapper that changes them while it calls the module
+        inside, so the module is asked for them in such a call.
+
+        Raises:
+            ValueError: for experts or shared experts that were replaced or wrapped otherwise.
+        """
+        check_shared(self, self.family)
+        check_own(unwrap(self.experts), "experts")
+        shared = read_shared(self, self.family)
+
+        def read(experts: Any) -> Experts:
+            return read_experts(experts, shared)
+
+        is_wrapped = unwrap(self.experts) is not self.experts
+        return self.experts(None, tap=read) if is_wrapped else read(self.experts)
+
+
+def check_own(module: Any, name: str) -> None:
+    """Raise ValueError unless a module is the one that the block was fused with."""
+    if not hasattr(type(module), "is_tap"):
+        raise ValueError(
+            f"fuse_gate must be False with another {name} than the model's own, "
+            f"got {type(module).__name__}"
+        )
 
 
 def as_router_output(
@@ -81,14 +93,22 @@ def fused_class(block_class: type[nn.Module]) -> type[nn.Module]:
 
 
 @cache
-def tap_class(router_class: type[nn.Module]) -> type[nn.Module]:
-    """Return a router that can hand on a result: recorders find it by ``isinstance``."""
+def tap_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a gate or of experts that a call can ask for something else.
 
-    class TapRouter(router_class):  # type: ignore[misc, valid-type]
-        def forward(self, hidden_states: Tensor | None = None, routed: Any = None) -> Any:
-            return super().forward(hidden_states) if routed is None else routed
+    What looks for the module by ``isinstance`` or by name still finds it.
+    """
 
-    return TapRouter
+    class Tap(module_class):  # type: ignore[misc, valid-type]
+        is_tap = True
+
+        def forward(
+            self, *arguments: Any, tap: Callable[[Any], Any] | None = None, **options: Any
+        ) -> Any:
+            return super().forward(*arguments, **options) if tap is None else tap(self)
+
+    Tap.__name__ = module_class.__name__
+    return Tap
 
 
 def fuse(block: Any, state: LayerState) -> None:
@@ -96,8 +116,8 @@ def fuse(block: Any, state: LayerState) -> None:
     if not isinstance(block, FusedBlock):
         family = family_of(block)
         replaced: type[nn.Module] = type(block)
-        gate: nn.Module = getattr(block, family.gate)
-        gate.__class__ = tap_class(type(gate))  # type: ignore[arg-type]
+        for module in (getattr(block, family.gate), unwrap(block.experts)):
+            module.__class__ = tap_class(type(module))  # type: ignore[arg-type]
         block.__class__ = fused_class(replaced)  # type: ignore[arg-type]
         block.family, block.replaced = family, replaced
     block.megakernel = state
@@ -106,8 +126,8 @@ def fuse(block: Any, state: LayerState) -> None:
 def unfuse(block: Any) -> None:
     """Undo :func:`fuse`."""
     if hasattr(block, "replaced"):
-        gate = getattr(block, block.family.gate)
-        gate.__class__ = type(gate).__mro__[1]
+        for module in (getattr(block, block.family.gate), unwrap(block.experts)):
+            module.__class__ = type(module).__mro__[1]
         block.__class__ = block.replaced
         del block.family, block.replaced, block.megakernel
 
@@ -127,8 +147,7 @@ def megakernel_experts(
         [T, H] in the dtype of hidden_states.
 
     Raises:
-        ValueError: naming the flag, for experts that the kernel can not compute; when gradients
-            are asked for.
+        ValueError: naming the flag, for experts that the kernel can not compute.
     """
     check_experts_module(self)
     state = getattr(self, "megakernel", None) or LayerState()
@@ -142,4 +161,5 @@ def megakernel_experts(
         read_experts(self),
         placement=state.placement,
         config=state.config,
+        save=state.save,
     )

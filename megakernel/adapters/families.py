@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from megakernel.adapters.modules import local
+from megakernel.adapters.modules import local, unwrap
 from megakernel.experts import SharedExpert
 from megakernel.router import Router
 
@@ -101,7 +101,7 @@ def check_shared(block: Any, family: Family) -> None:
     if family.shared is None:
         return
     mlp = getattr(block, family.shared)
-    mine, routed = type(mlp.act_fn).__name__, type(block.experts.act_fn).__name__
+    mine, routed = type(mlp.act_fn).__name__, type(unwrap(block.experts).act_fn).__name__
     if mine != routed:
         raise ValueError(f"{family.shared} must have the act_fn of experts, {routed}, got {mine}")
     linears = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]

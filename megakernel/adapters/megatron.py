@@ -1,7 +1,8 @@
 """A backend of the shape that Megatron-Core builds in place of dispatch, experts and combine.
 
 Megatron routes; this class takes its dense probabilities and map. One device holds all experts.
-There is no backward: call under ``torch.no_grad()``.
+Gradients reach the parameters of the expert modules, the probabilities and the tokens; with
+``gradient_accumulation_fusion`` those of expert weights go straight into ``param.main_grad``.
 """
 
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megakernel.adapters.main_grad import ParametersMainGrad, WithPlaceholder, main_grad_of
 from megakernel.adapters.modules import local
-from megakernel.adapters.weights import pack_stacked, read_stacked
+from megakernel.adapters.weights import in_place, pack_stacked, read_stacked
 from megakernel.api import moe_routed
 from megakernel.config import KernelConfig
 from megakernel.experts import Experts
 from megakernel.placement import Placement
+
+LINEARS = ("linear_fc1", "linear_fc2")
 
 # Fields of TransformerConfig, with the only value this kernel computes.
 FIELDS = {
@@ -51,6 +55,7 @@ class MegatronMegakernel(nn.Module):
         top_k: most experts of a token, K; None for ``config.moe_router_topk``.
         kernel_config: how to cut the work; None for the default of each call.
         placement: experts in slots; None for the identity.
+        save: "preactivations" or "nothing", what the forward keeps for the backward.
 
     Raises:
         ValueError: naming the field of ``config`` that the kernel can not compute.
@@ -67,13 +72,16 @@ class MegatronMegakernel(nn.Module):
         top_k: int | None = None,
         kernel_config: KernelConfig | None = None,
         placement: Placement | None = None,
+        save: str = "preactivations",
     ) -> None:
         super().__init__()
         check_fields(config, num_local_experts)
+        self.fuses_gradients = bool(getattr(config, "gradient_accumulation_fusion", False))
         self.top_k = config.moe_router_topk if top_k is None else top_k
         self.num_experts = num_local_experts
         self.kernel_config = kernel_config
         self.placement = placement
+        self.save = save
         # In a tuple, which registers nothing: the layer that owns them saves and moves them.
         self.owned_elsewhere = (routed_experts, shared_experts)
 
@@ -89,8 +97,9 @@ class MegatronMegakernel(nn.Module):
             [.., H], shared experts added.
 
         Raises:
-            ValueError: on a bad shape; when gradients are asked for; for a token with more than K
-                experts (on a GPU by the next call, since looking would synchronise).
+            ValueError: on a bad shape; for a token with more than K experts (on a GPU by the next
+                call, since looking would synchronise); where gradients can not be fused, naming
+                the linear.
         """
         routed_experts, shared_experts = self.owned_elsewhere
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -99,23 +108,40 @@ class MegatronMegakernel(nn.Module):
             x_TH,
             expert_of_TK,
             gate_TK,
-            Experts(
-                read_stacked(weights_of(routed_experts, "linear_fc1", self.num_experts)),
-                read_stacked(weights_of(routed_experts, "linear_fc2", self.num_experts)),
-            ),
+            self.read_experts(routed_experts),
             placement=self.placement,
             config=self.kernel_config,
+            save=self.save,
         )
         y = y_TH.view(hidden_states.shape)
         return y if shared_experts is None else y + shared_experts(hidden_states)
+
+    def read_experts(self, routed_experts: Any) -> Experts:
+        """Return the weights as they are now, and where their gradients go."""
+        both = [parameters_of(routed_experts, linear, self.num_experts) for linear in LINEARS]
+        gate_up, down = map(read_weight, both)
+        trained = {parameter.requires_grad for parameters in both for parameter in parameters}
+        if not (self.fuses_gradients and torch.is_grad_enabled() and True in trained):
+            return Experts(gate_up, down)
+        if False in trained:
+            raise ValueError(
+                "requires_grad must be the same for all expert weights with "
+                "gradient_accumulation_fusion, got True for some"
+            )
+        buffers = [main_grad_of(linear, p) for linear, p in zip(LINEARS, both, strict=True)]
+        main_grad = ParametersMainGrad([*both[0], *both[1]], *buffers)
+        gate_up, down = map(WithPlaceholder.apply, (gate_up, down))
+        return Experts(gate_up, down, main_grad=main_grad)
 
     def pack(self) -> None:
         """Move each linear's expert weights into one block, so that calls read them in place.
 
         Call it before Megatron's DDP or an optimizer flattens the parameters.
         """
-        for linear in ("linear_fc1", "linear_fc2"):
-            pack_stacked(weights_of(self.owned_elsewhere[0], linear, self.num_experts))
+        for linear in LINEARS:
+            parameters = parameters_of(self.owned_elsewhere[0], linear, self.num_experts)
+            if len(parameters) > 1:
+                pack_stacked(parameters)
 
 
 def check_fields(config: Any, num_local_experts: int) -> None:
@@ -164,11 +190,11 @@ def compact(probs_TE: Tensor, routing_map_TE: Tensor, top_k: int) -> tuple[Tenso
     return expert_of_TK, gate_TK
 
 
-def weights_of(routed_experts: Any, linear: str, num_experts: int) -> list[Any]:
-    """Return the weight of each expert in one of its linears, as it is stored now.
+def parameters_of(routed_experts: Any, linear: str, num_experts: int) -> list[Any]:
+    """Return the parameters of one of the experts' linears: one for each expert, or one for all.
 
     Raises:
-        ValueError: when the module holds another number of experts.
+        ValueError: when the module holds another number of experts; for a DTensor.
     """
     if hasattr(routed_experts, "local_experts"):  # SequentialMLP
         found = [getattr(e, linear).weight for e in routed_experts.local_experts]
@@ -176,9 +202,19 @@ def weights_of(routed_experts: Any, linear: str, num_experts: int) -> list[Any]:
         owner = getattr(routed_experts, linear)
         found = [getattr(owner, f"weight{e}") for e in range(num_experts)]
     else:  # TEGroupedMLP with moe_single_grouped_weight
-        weight = getattr(routed_experts, linear).weight
-        data = getattr(weight, "rowwise_data", None)  # where Transformer Engine keeps it
-        found = list(weight if data is None else data.view(weight.shape))
-    if len(found) != num_experts:
-        raise ValueError(f"{linear} must hold {num_experts} experts, got {len(found)}")
-    return [local(weight) for weight in found]
+        found = [getattr(routed_experts, linear).weight]
+    held = len(found) if found[0].ndim == 2 else len(found[0])
+    if held != num_experts:
+        raise ValueError(f"{linear} must hold {num_experts} experts, got {held}")
+    return [local(parameter) for parameter in found]
+
+
+def read_weight(parameters: list[Any]) -> Tensor:
+    """Return parameters as one weight [E, X, Y]: in place where they lie in a row, else copied."""
+    first = parameters[0]
+    if first.ndim == 2:
+        return read_stacked(parameters)
+    data = getattr(first, "rowwise_data", None)  # where Transformer Engine keeps it
+    if data is None:
+        return first
+    return in_place(data.view(first.shape), lambda gradient: [gradient], parameters)

@@ -21,7 +21,10 @@ GPT_OSS_CLASS, GPT_OSS_ALPHA = "GptOssExperts", 1.702
 
 
 class MoELayer(NamedTuple):
-    """One Mixture-of-Experts layer of a model: the sparse block, and the experts in it."""
+    """One Mixture-of-Experts layer of a model: the sparse block, and the experts in it.
+
+    ``experts`` holds the parameters; in the block a wrapper may stand around it.
+    """
 
     name: str
     block: nn.Module
@@ -49,9 +52,21 @@ def find_layers(model: nn.Module) -> list[MoELayer]:
 
 def _walk(model: nn.Module) -> Iterator[MoELayer]:
     for name, block in model.named_modules():
-        for child in block.children():
+        for child in () if is_wrapper(block) else map(unwrap, block.children()):
             if hasattr(child, "is_transposed") and hasattr(child, "down_proj"):
                 yield MoELayer(name, block, child)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Say whether a module wraps another one, as peft's do."""
+    return hasattr(module, "base_layer")
+
+
+def unwrap(module: Any) -> Any:
+    """Return the module inside all wrappers."""
+    while is_wrapper(module):
+        module = module.base_layer
+    return module
 
 
 def why_refused(experts: Any) -> str | None:
@@ -74,7 +89,7 @@ def why_refused(experts: Any) -> str | None:
 
 
 def _is_gpt_oss(experts: Any) -> bool:
-    return type(experts).__name__ == GPT_OSS_CLASS
+    return GPT_OSS_CLASS in (cls.__name__ for cls in type(experts).__mro__)
 
 
 def _up_name(experts: Any) -> str:
@@ -91,7 +106,10 @@ def check_experts_module(experts: nn.Module) -> None:
 
 
 def read_experts(experts: Any, shared: SharedExpert | None = None) -> Experts:
-    """Return the module's parameters as they are now: never a copy, so never a stale one."""
+    """Return the module's parameters as they are now: never a copy, so never a stale one.
+
+    A parametrization of torch is computed here, and a part of what autograd sees.
+    """
     up_name = _up_name(experts)
     up, down = local(getattr(experts, up_name)), local(experts.down_proj)
     if experts.is_transposed:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakernel.adapters.blocks import FusedBlock, LayerState
+from megakernel.adapters.blocks import FusedBlock
 from megakernel.adapters.modules import MoELayer, find_layers, read_experts
+from megakernel.adapters.state import LayerState, is_recomputing, keep_replays
 from megakernel.api import prepare_replay
 from megakernel.placement import Placement
 from megakernel.replay import Replay
@@ -80,6 +81,8 @@ def _record_layer(layer: MoELayer, calls: list[tuple[Tensor, Tensor]]) -> Callab
 def _record_calls(experts: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> Any:
     def keep(_: nn.Module, arguments: tuple) -> None:
         _, top_k_index, top_k_weights = arguments
+        if is_recomputing():
+            return
         calls.append((top_k_index.to(torch.int32, copy=True), top_k_weights.detach().clone()))
 
     return experts.register_forward_pre_hook(keep)
@@ -95,7 +98,10 @@ def replay_routing(
 
     The row tables of all layers are built on entering, so that the calls themselves have no
     histogram, prefix or scatter. This is the semantics of Rollout Routing Replay
-    (arXiv 2510.11370).
+    (arXiv 2510.11370), also of its gradients, which flow through the live weights.
+
+    What transformers' gradient checkpointing runs again in a backward has the ids of its forward,
+    inside or outside. With checkpointing of another kind the backward must be inside too.
 
     Args:
         model: a model that ``use_megakernel`` has fused.
@@ -124,10 +130,25 @@ def replay_routing(
     try:
         for state, replay in zip(states, replays, strict=True):
             state.replay = replay
-        yield
+        with _kept_when_checkpointed(model, states):
+            yield
     finally:
         for state, earlier in zip(states, before, strict=True):
             state.replay = earlier
+
+
+@contextmanager
+def _kept_when_checkpointed(model: nn.Module, states: list[LayerState]) -> Iterator[None]:
+    """Let transformers' gradient checkpointing keep the replays of each forward."""
+    name = "_gradient_checkpointing_func"
+    before = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+    try:
+        for module, checkpoint in before:
+            setattr(module, name, keep_replays(checkpoint, states))
+        yield
+    finally:
+        for module, checkpoint in before:
+            setattr(module, name, checkpoint)
 
 
 def _fused_state(layer: MoELayer) -> LayerState:

@@ -1,8 +1,7 @@
 """An override of torchtitan's routed experts: dispatch, experts and combine in one launch.
 
-torchtitan routes and hands over ids and scores; one device holds all experts. There is no
-backward: call under ``torch.no_grad()``. Shape letters in signatures are torchtitan's: D is our H
-and F our I.
+torchtitan routes and hands over ids and scores; one device holds all experts. Gradients reach its
+weights, scores and tokens. Shape letters in signatures are torchtitan's: D is our H and F our I.
 """
 
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ LOCAL_DISPATCHER = "LocalTokenDispatcher"
 def routed_experts_class(base: Any) -> Any:
     """Return a subclass of torchtitan's ``RoutedExperts`` that runs as one launch.
 
-    Use its ``Config`` as an override of ``RoutedExperts.Config``. The class has two attributes
-    that are no configuration of torchtitan: ``kernel_config`` and ``placement``, both None.
+    Use its ``Config`` as an override of ``RoutedExperts.Config``. The class has attributes that
+    are no configuration of torchtitan: ``kernel_config`` and ``placement``, both None, and
+    ``save``, "preactivations", what a forward keeps for its backward.
 
     Args:
         base: ``torchtitan.models.common.moe.RoutedExperts``. Weights are those of its
@@ -40,6 +40,7 @@ def routed_experts_class(base: Any) -> Any:
 
         kernel_config: KernelConfig | None = None
         placement = None
+        save = "preactivations"
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -60,6 +61,7 @@ def routed_experts_class(base: Any) -> Any:
                 read_routed_experts(self),
                 placement=self.placement,
                 config=self.kernel_config,
+                save=self.save,
             )
 
         def pack(self) -> None:

@@ -7,7 +7,7 @@
         model(input_ids)
 
 Parameters stay where they are and are read at each call, so ``state_dict`` and training code see
-the model they know. There is no backward: call under ``torch.no_grad()``.
+the model they know. Each layer's gradients are one launch more.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from megakernel.adapters.blocks import FusedBlock, LayerState, fuse, megakernel_experts, unfuse
+from megakernel.adapters.blocks import FusedBlock, fuse, megakernel_experts, unfuse
 from megakernel.adapters.families import family_of
 from megakernel.adapters.modules import MoELayer, check_experts_module, find_layers
 from megakernel.adapters.recording import RoutingRecord, one_each, record_routing, replay_routing
+from megakernel.adapters.state import LayerState
 from megakernel.config import KernelConfig
 from megakernel.placement import Placement
 
@@ -49,6 +50,7 @@ def use_megakernel(
     fuse_gate: bool = True,
     config: KernelConfig | None = None,
     placements: Sequence[Placement | None] | None = None,
+    save: str = "preactivations",
 ) -> Model:
     """Run every Mixture-of-Experts layer of a transformers model as one launch, in place.
 
@@ -59,6 +61,8 @@ def use_megakernel(
             model with transformers' experts interface.
         config: how to cut the work; None for the default of each call.
         placements: experts in slots, one for each MoE layer; None for the identity.
+        save: what a forward keeps for its backward: "preactivations", or "nothing", which takes
+            less memory and runs the first product again.
 
     Returns:
         The same model.
@@ -66,10 +70,10 @@ def use_megakernel(
     Raises:
         ValueError: before anything is changed, naming what the kernel can not compute: a model
             without experts, a quantised one, a block whose gate is not known, a flag of the
-            experts. When the model is called with gradients enabled.
+            experts.
     """
     layers = find_layers(model)
-    states = [LayerState(config, p) for p in one_each("placements", placements, layers)]
+    states = [LayerState(config, p, save) for p in one_each("placements", placements, layers)]
     for layer in layers:
         check_experts_module(layer.experts)
         if fuse_gate and not isinstance(layer.block, FusedBlock):

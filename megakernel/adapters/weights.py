@@ -1,22 +1,71 @@
 """Weights that a host keeps as several parameters, read as the one block the kernel takes.
 
-Parameters that lie in memory one after another are read in place. Others are copied at each call:
-a kept copy would go stale, since an update through ``.data`` changes no version counter. ``pack``
-moves parameters together once, after which they are read in place for good.
+Parameters that lie in memory one after another are read in place; each gets its own gradient, a
+slice of the block's. Others are copied at each call: a kept copy would go stale, since an update
+through ``.data`` changes no version counter. ``pack`` moves parameters together once, after which
+they are read in place for good.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Split = Callable[[Tensor], Sequence[Tensor]]
+
+
+class InPlace(torch.autograd.Function):
+    """Parameters as one tensor in the memory that they lie in, which PyTorch has no operator for.
+
+    The parameters are saved, though no gradient needs their values: the tensor has no version
+    counter in common with them, and a change of any before the backward must be an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, view: Tensor, split: Split, *parameters: Tensor) -> Tensor:
+        """Return the memory of ``view``; ``split`` cuts its gradient into the parameters'."""
+        ctx.split = split
+        ctx.save_for_backward(*parameters)
+        ctx.set_materialize_grads(False)
+        layout = view.storage_offset(), view.shape, view.stride()
+        return view.new_empty(0).set_(view.untyped_storage(), *layout)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Cut the gradient; without one the parameters have none."""
+        parameters = ctx.saved_tensors  # raises if one was changed
+        parts = [None] * len(parameters) if gradient is None else ctx.split(gradient)
+        asked = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(part if needed else None for part, needed in zip(parts, asked, strict=True)),
+        )
+
+
+def in_place(view: Tensor, split: Split, parameters: Sequence[Tensor]) -> Tensor:
+    """Return parameters' memory as one tensor, through which each gets its gradient.
+
+    Args:
+        view: of that memory, made without gradients.
+        split: cuts a gradient of the view into one for each parameter.
+        parameters: what lies in that memory.
+    """
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        view = InPlace.apply(view, split, *parameters)
+    return view
 
 
 def read_stacked(matrices: Sequence[Tensor]) -> Tensor:
     """Return [N, X, Y] of N matrices of one shape: a view where they lie in a row, else a copy."""
     view = view_stacked(matrices)
-    return torch.stack(list(matrices)) if view is None else view
+    if view is None:
+        return torch.stack(list(matrices))
+    return in_place(view, torch.unbind, matrices)
 
 
+@torch.no_grad()
 def view_stacked(matrices: Sequence[Tensor]) -> Tensor | None:
     """Return the view [N, X, Y] of contiguous matrices that lie in a row, or None."""
     first = matrices[0]
@@ -47,9 +96,17 @@ def pack_stacked(parameters: Sequence[nn.Parameter]) -> None:
 def read_gate_up(gate_EIH: Tensor, up_EIH: Tensor) -> Tensor:
     """Return [E, 2I, H] of gate and up rows: a view where they alternate, else a copy."""
     view = view_gate_up(gate_EIH, up_EIH)
-    return torch.cat([gate_EIH, up_EIH], dim=1) if view is None else view
+    if view is None:
+        return torch.cat([gate_EIH, up_EIH], dim=1)
+    return in_place(view, split_gate_up, (gate_EIH, up_EIH))
 
 
+def split_gate_up(gate_up_E2IH: Tensor) -> Sequence[Tensor]:
+    """Return gate and up rows of each expert."""
+    return gate_up_E2IH.chunk(2, dim=1)
+
+
+@torch.no_grad()
 def view_gate_up(gate_EIH: Tensor, up_EIH: Tensor) -> Tensor | None:
     """Return the view [E, 2I, H] if each expert's up rows follow its gate rows, or None."""
     num_experts, rows, width = gate_EIH.shape

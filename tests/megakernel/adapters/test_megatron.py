@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, silu
 import reference
 from megakernel import Placement
 from megakernel.adapters.megatron import MegatronMegakernel, compact
+from tests.helpers.gradients import relative_error
 
 H, I, E, K, T = 40, 24, 6, 2, 14
 TOLERANCE = 1e-5
@@ -183,10 +184,34 @@ def test_a_token_with_more_than_k_experts_is_refused(weights) -> None:
     assert roomy(torch.randn(T, H), *route(top_k=3)).shape == (T, H)
 
 
-def test_gradients_are_refused(weights) -> None:
-    backend = MegatronMegakernel(Config(), None, make_experts("grouped", weights), None, E)
-    with pytest.raises(ValueError, match=r"must not require grad.*torch\.no_grad"):
-        backend(torch.randn(T, H), *route())
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "single grouped",
+        pytest.param("grouped", marks=pytest.mark.slow),
+        pytest.param("sequential", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_agree_with_the_dense_computation(layout: str, weights) -> None:
+    experts = make_experts(layout, weights)
+    backend = MegatronMegakernel(Config(), None, experts, MLP(draw(2 * I, H), draw(H, I)), E)
+    x_TH, (probs, routing_map) = torch.randn(T, H).requires_grad_(), route()
+    probs.requires_grad_()
+    shared = backend.owned_elsewhere[1]
+    (backend(x_TH, probs, routing_map) - shared(x_TH).detach()).square().sum().backward()
+    leaves = [t.detach().double().requires_grad_() for t in (x_TH, probs, *weights)]
+    y = dense(leaves[0], leaves[1], routing_map, (leaves[2], leaves[3]))
+    extra = shared.double()(leaves[0])
+    (y + extra - extra.detach()).square().sum().backward()
+    found = [x_TH.grad, probs.grad, *(stacked_grad(experts, n) for n in ("fc1", "fc2"))]
+    for actual, leaf in zip(found, leaves, strict=True):
+        assert relative_error(actual, leaf.grad) < TOLERANCE
+
+
+def stacked_grad(experts: nn.Module, linear: str) -> Tensor:
+    """Gradients of a linear's parameters, in the order of the experts."""
+    found = [p.grad for name, p in experts.named_parameters() if linear in name]
+    return found[0] if found[0].ndim == 3 else torch.stack(found)
 
 
 @pytest.mark.parametrize(

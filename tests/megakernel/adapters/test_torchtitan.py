@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import reference
 from megakernel import Placement
 from megakernel.adapters.torchtitan import routed_experts_class
+from tests.helpers.gradients import relative_error
 
 D, F, E, K, T = 40, 24, 5, 2, 14
 TOLERANCE = 1e-5
@@ -88,12 +89,14 @@ def route() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def expected_of(
     experts: Any, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, _: Tensor
 ) -> Tensor:
+    return reference.moe_by_token(x_TD, ids_TK, scores_TK, *stacked(experts))
+
+
+def stacked(experts: Any) -> tuple[Tensor, Tensor]:
     if hasattr(experts, "w13"):
-        gate_up, down = experts.w13.weight.flatten(1, 2), experts.w2.weight
-    else:
-        inner = experts.inner_experts
-        gate_up, down = torch.cat([inner.w1_EFD, inner.w3_EFD], 1), inner.w2_EDF
-    return reference.moe_by_token(x_TD, ids_TK, scores_TK, gate_up, down)
+        return experts.w13.weight.flatten(1, 2), experts.w2.weight
+    inner = experts.inner_experts
+    return torch.cat([inner.w1_EFD, inner.w3_EFD], 1), inner.w2_EDF
 
 
 def check(experts: Any) -> None:
@@ -129,10 +132,31 @@ def test_weights_written_through_data_are_seen_at_the_next_call(packed: bool) ->
     check(experts)
 
 
-def test_gradients_are_refused() -> None:
-    for base in (RoutedExperts, LinearRoutedExperts):
-        with pytest.raises(ValueError, match=r"must not require grad.*torch\.no_grad"):
-            build(base)(*route())
+@pytest.mark.parametrize(
+    ("base", "packed"),
+    [
+        pytest.param(RoutedExperts, True, id="packed"),
+        pytest.param(RoutedExperts, False, id="apart", marks=pytest.mark.slow),
+        pytest.param(LinearRoutedExperts, False, id="stacked", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_agree_with_the_reference(base: type, packed: bool) -> None:
+    experts = build(base)
+    experts.save = "nothing" if packed else "preactivations"
+    if packed:
+        experts.pack()
+    x_TD, scores_TK, *routing = route()
+    inputs = [x_TD.requires_grad_(), scores_TK.detach().requires_grad_()]
+    leaves = [*inputs, *experts.parameters()]
+    experts(*inputs, *routing).square().sum().backward()
+    found = [leaf.grad for leaf in leaves]
+    experts.double()  # moves the parameters apart again
+    inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    experts.zero_grad()
+    y_TD = reference.moe_by_expert(inputs[0], routing[0], inputs[1], *stacked(experts))
+    y_TD.square().sum().backward()
+    for actual, leaf in zip(found, [*inputs, *experts.parameters()], strict=True):
+        assert relative_error(actual, leaf.grad) < TOLERANCE
 
 
 def test_dispatch_over_ranks_is_refused() -> None:

@@ -86,3 +86,50 @@ def test_parameters_packed_in_inference_mode_can_be_trained(pack) -> None:
     assert not (first.is_inference() or second.is_inference())
     (first * second).sum().backward()
     assert torch.equal(first.grad, second)
+
+
+# Gradients
+
+
+def trained(number: int, *shape: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["in a row", "apart"])
+def test_each_stacked_parameter_gets_its_own_gradient(pack: bool) -> None:
+    matrices, incoming = trained(3, 2, 4), torch.randn(3, 2, 4)
+    if pack:
+        pack_stacked(matrices)
+    (read_stacked(matrices) * incoming).sum().backward()
+    for matrix, expected in zip(matrices, incoming, strict=True):
+        assert torch.equal(matrix.grad, expected)
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["in a row", "apart"])
+def test_gate_and_up_get_their_own_gradients(pack: bool) -> None:
+    (gate, up), incoming = trained(2, 3, 2, 4), torch.randn(3, 4, 4)
+    if pack:
+        pack_gate_up(gate, up)
+    (read_gate_up(gate, up) * incoming).sum().backward()
+    assert torch.equal(gate.grad, incoming[:, :2]) and torch.equal(up.grad, incoming[:, 2:])
+
+
+def test_a_frozen_parameter_in_a_row_gets_no_gradient() -> None:
+    matrices = trained(3, 2, 4)
+    pack_stacked(matrices)
+    matrices[0].requires_grad_(False)
+    read_stacked(matrices).sum().backward()
+    assert matrices[0].grad is None and torch.equal(matrices[2].grad, torch.ones(2, 4))
+    assert not read_stacked([matrix.requires_grad_(False) for matrix in matrices]).requires_grad
+
+
+def test_a_change_of_any_parameter_before_the_backward_is_an_error() -> None:
+    """What is read in place has no version counter in common with them."""
+    for changed in range(3):
+        matrices = trained(3, 2, 4)
+        pack_stacked(matrices)
+        loss = read_stacked(matrices).square().sum()
+        with torch.no_grad():
+            matrices[changed].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -55,6 +55,11 @@ QWEN3 = Family(
     {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
      "norm_topk_prob": True},
 )  # fmt: skip
+FEW = Family(
+    "Qwen3Moe",
+    "the fewest experts: where only routing or bits matter",
+    {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+)
 QWEN2 = Family(
     "Qwen2Moe",
     "softmax, not renormalised; a shared expert with a gate of its own",
@@ -100,11 +105,11 @@ FUSED = [QWEN3, QWEN2, MIXTRAL, OLMOE, GPT_OSS, DEEPSEEK_V3, GLM4]  # gates that
 LOGITS_TOLERANCE = 2e-5  # absolute, on logits of size 6
 
 
-def make(family: Family, implementation: str = "eager") -> Any:
-    """Build the model of a family: the same weights each time."""
+def make(family: Family, implementation: str = "eager", **changes: Any) -> Any:
+    """Build the model of a family: the same weights each time for the same changes of sizes."""
     import transformers
 
-    sizes = {**SIZES, **family.sizes}
+    sizes = {**SIZES, **family.sizes, **changes}
     config = getattr(transformers, f"{family.name}Config")(**sizes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family.name}ForCausalLM")(config).eval()
