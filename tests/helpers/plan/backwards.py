@@ -1,11 +1,11 @@
 """The backward call of every dialect, made from what the Python machine's forward leaves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megakernel import MainGrad, Replay, prepare_replay
+from megakernel import KernelConfig, MainGrad, Replay, prepare_replay
 from megakernel.autograd import backward_call, differentiable_of, kept_of, with_saved
 from megakernel.launch.call import Call
 from tests.helpers.dialects import TINY, Dialect, make_dialect, place
@@ -39,6 +39,7 @@ def make_backward(
     wanted: tuple[str, ...] | None = None,
     is_added: bool = False,
     exact: bool = False,
+    config: KernelConfig = TINY,
 ) -> Backward:
     """Return the backward of a dialect.
 
@@ -48,8 +49,10 @@ def make_backward(
         wanted: dotted names of what has a gradient; None for all that can have one.
         is_added: whether gradients of expert weights are added to buffers that hold something.
         exact: whether the forward rounds nothing.
+        config: how both are cut; tiles have as many rows as TINY's.
     """
     call, problem = with_saved(make_dialect(dialect), save), make_problem(dialect)
+    call = replace(call, rule=replace(call.rule, config=config))
     kept = machine_of(call, exact).run()
     names = [*differentiable_of(call)] if wanted is None else [*wanted]
     by_expert = None

@@ -14,7 +14,7 @@ from megakernel.plan.machine import Machine
 from megakernel.plan.machine_memory import ADDED
 from megakernel.plan.schedule import Schedule, Task
 from tests.helpers.compare import assert_same_bits
-from tests.helpers.dialects import Dialect, make_dialect
+from tests.helpers.dialects import TINY, Dialect, make_dialect
 from tests.helpers.gradients import LAYERS, relative_error
 from tests.helpers.plan.backwards import Backward, make_backward
 from tests.helpers.plan.machines import assert_same_buffers, machine_of
@@ -165,6 +165,14 @@ def test_the_kernel_goes_back_through_every_rule_as_the_machine_does(
 def test_the_kernel_has_the_slope_of_every_activation(name: str) -> None:
     dialect = replace(LAYER_OF_NAME[name], sizes={"T": 9, "H": 16, "E": 2, "I": 24})
     assert_same_buffers(make_backward(dialect, wanted=("experts.gate_up_E2IH",)).call)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "shared-given"])
+def test_the_kernel_stores_wide_tiles_a_few_columns_at_a_time(name: str) -> None:
+    """Blocks of more columns than are finished or stored at once, the last of them not full."""
+    config = replace(TINY, block_i=64, block_h=128)
+    dialect = replace(LAYER_OF_NAME[name], sizes={"T": 9, "H": 150, "I": 70, "E": 2})
+    assert_same_buffers(make_backward(dialect, "nothing", config=config).call)
 
 
 @pytest.mark.parametrize("name", ["shared.gate_JH", "shared.up_JH"])

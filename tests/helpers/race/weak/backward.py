@@ -116,7 +116,6 @@ SIGNALS = [
 ]  # fmt: skip
 
 FILLED = ("inside = row < filled", "inside = row <= filled")
-COUNTED = ("inside = ordinal < num_rows", "inside = ordinal <= num_rows")
 EXISTS = "exists = token < size.num_tokens"
 ACCESSES = [
     edited("dH takes a padded row for a token's", OUTSIDE, f"{ROWS}.dh_tile", *FILLED,
@@ -127,8 +126,6 @@ ACCESSES = [
     edited("dH leaves rows that do not exist as they were", f"(dz_C2I|a_CI).*{UNWRITTEN}",
            f"{ROWS}.finish_dh", "every = row < C.block_rows", "every = inside",
            launch="backward-weights", sampled=True),
-    edited("dBias goes past an expert's rows", f"dz_C2I.*{UNWRITTEN}", f"{GRADIENTS}.dbias_tile",
-           *COUNTED, launch="backward-biased"),
     edited("a dH block leaves out its gradient of z", f"dz_C2I.*{UNWRITTEN}", f"{ROWS}.finish_dh",
            "if b.scratch.dz_C2I is not None:",
            "if b.scratch.dz_C2I is not None and first == 0:", launch=BACK),
