@@ -8,9 +8,11 @@ from torch.nn.functional import linear
 import megakernel.launch.op
 from megakernel import Placement
 from megakernel.adapters.transformers import record_routing, replay_routing, use_megakernel
+from megakernel.launch.call import Call
 from tests.helpers.compare import assert_same_bits
 from tests.megakernel.adapters.tiny import (
     DEEPSEEK_V3,
+    FEW,
     FUSED,
     GLM4,
     GPT_OSS,
@@ -88,26 +90,17 @@ def test_bf16_gradients(family: Family) -> None:
     check(step(model, **options_of(family)), expected, truth)
 
 
-@each([QWEN3])
-def test_a_layer_is_one_launch_forward_and_one_backward(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fuse_gate", [True, False], ids=["fused", "experts"])
+@pytest.mark.parametrize("save", ["preactivations", "nothing"])
+def test_a_layer_is_one_launch_forward_and_one_backward_from_what_was_asked_to_be_kept(
+    save: str, fuse_gate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = launches_of(monkeypatch)
-    step(use_megakernel(make_small(family)))
-    assert stages == ["layer", "backward"]
-
-
-def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note the stages of each launch to come."""
-    stages: list[str] = []
+    calls: list[Call] = []
     launch = megakernel.launch.op.launch
-
-    def watched(call) -> None:
-        stages.append(call.rule.stages)
-        launch(call)
-
-    monkeypatch.setattr("megakernel.launch.op.launch", watched)
-    return stages
+    monkeypatch.setattr("megakernel.launch.op.launch", lambda c: (calls.append(c), launch(c)))
+    step(use_megakernel(make_small(FEW), fuse_gate, save=save))
+    assert [call.rule.stages for call in calls] == ["layer", "backward"]
+    assert [call.buffers.saved.z_A2I is None for call in calls] == [save == "nothing"] * 2
 
 
 @pytest.mark.slow
