@@ -204,7 +204,7 @@ class Wrapper(nn.Module):
         self.base_layer = base_layer
 
     def __getattr__(self, name: str) -> Any:
-        inside = super().__getattr__("_modules")["base_layer"]
+        inside = self._modules["base_layer"]
         return inside if name == "base_layer" else getattr(inside, name)
 
 
