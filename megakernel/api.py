@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megakernel.autograd import run
+from megakernel.autograd import run_for_gradients, wants_gradients
 from megakernel.checks.calls import (
     check_call,
     check_placement,
@@ -15,6 +15,7 @@ from megakernel.checks.calls import (
 from megakernel.config import KernelConfig, usual_rows
 from megakernel.experts import Experts
 from megakernel.launch.collect import MoEOutput, given_call, routed_call, slots_of
+from megakernel.launch.op import launcher
 from megakernel.launch.tuned import at_height, default_config
 from megakernel.placement import Placement, as_kept
 from megakernel.replay import Replay, check_routing, sort_into_rows
@@ -39,7 +40,8 @@ def moe(
     (up_rows[e] · x)). Accumulates in float32, sums over k in k order, rounds once. The
     bits do not depend on the number of workers, the placement, the split over replicas, replay or
     live, or on the other tokens of the call, given one config. (A capacity makes the choices of a
-    token depend on the tokens before it.)
+    token depend on the tokens before it.) y_TH, gate_TK and logits_TE are differentiable, by one
+    launch, in tokens, router and experts; the bits of gradients depend on no plan either.
 
     Args:
         x_TH: [T, H] float32, float16 or bfloat16, contiguous; T may be 0.
@@ -47,19 +49,13 @@ def moe(
         experts: weights, dtype of x_TH, and what they compute.
         router: how experts are chosen and weighted.
         replay: recorded routing from prepare_replay; the router then only weighs the given ids.
-            Choices that the recording has as -1, such as those dropped over capacity, are absent
-            from a renormalised sum.
+            Choices that are -1 there, as those dropped over capacity, leave a renormalised sum.
         placement: experts in slots; identity when None. With a replay, the one it was made for.
         config: how to cut the work; None for the shipped default.
-        save: what the forward keeps for a backward: "preactivations" (z, [T·K, 2I] in the dtype of
-            x_TH), or "nothing", when FFN1 is run again inside the backward's launch; the bits are
-            the same. Unused where nothing asks for a gradient.
+        save: for a backward, "preactivations" ([T·K, 2I]) or "nothing": FFN1 is then run again.
 
     Returns:
-        MoEOutput: y_TH in the dtype of x_TH. Differentiable: y_TH, gate_TK and logits_TE, by one
-        launch, with respect to x_TH, the router's weight and bias_E, and all tensors of the
-        experts. Which experts serve a token is a constant. The bits of all gradients depend on
-        what those of y_TH do, and on the incoming gradients.
+        MoEOutput: y_TH in the dtype of x_TH.
 
     Raises:
         ValueError: on a bad argument, before any launch; on a GPU also when an earlier launch met
@@ -81,7 +77,11 @@ def moe(
     rows = None if replay is None else (replay.rows, replay.num_tiles)
     layer = x_TH, router_weight_EH, router, experts
     call = routed_call(*layer, out, slots_of(placement), rows, config)
-    return out._replace(**run(call, save, replay, experts.main_grad))
+    if wants_gradients(call, save):
+        return out._replace(**run_for_gradients(call, save, replay, experts.main_grad))
+    if shape_TK[0]:
+        launcher()(call)
+    return out
 
 
 def moe_routed(
@@ -123,7 +123,11 @@ def moe_routed(
     check_size(shape_TK, placement, experts, config)
     y_TH, places = torch.empty_like(x_TH), slots_of(placement)
     call = given_call(x_TH, expert_of_TK, gate_TK, experts, places, y_TH, config)
-    return run(call, save, None, experts.main_grad)["y_TH"]
+    if wants_gradients(call, save):
+        return run_for_gradients(call, save, None, experts.main_grad)["y_TH"]
+    if shape_TK[0]:
+        launcher()(call)
+    return y_TH
 
 
 def prepare_replay(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakernel.checks.calls import check_gradient_tiles
 from megakernel.checks.tensors import check_no_tangent
 from megakernel.config import SAVES
 from megakernel.experts import MainGrad
@@ -46,10 +47,24 @@ DIFFERENTIABLE = {
 }
 
 
-def run(
+def wants_gradients(call: Call, save: str) -> bool:
+    """Whether autograd follows any input of a call.
+
+    Raises:
+        ValueError: for another ``save`` than those there are; for a tensor with a tangent.
+    """
+    if save not in SAVES:
+        raise ValueError(f"save must be one of {SAVES}, got {save!r}")
+    inputs = differentiable_of(call)
+    for name, tensor in inputs.items():
+        check_no_tangent(name, tensor)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values())
+
+
+def run_for_gradients(
     call: Call, save: str, replay: Replay | None, main_grad: MainGrad | None
 ) -> dict[str, Tensor]:
-    """Launch a layer, so that autograd can go back through it if anything asks for that.
+    """Launch a layer so that autograd can go back through it.
 
     Args:
         call: of stages "layer", checked.
@@ -58,25 +73,22 @@ def run(
         main_grad: where gradients of expert weights go, if not to autograd.
 
     Returns:
-        those results that can have a gradient, by name.
+        those results that have a gradient, by name.
 
     Raises:
-        ValueError: for another ``save``; for a tensor with a tangent.
+        ValueError: for tiles that the interpreter cannot hold; for main_grad under torch.compile.
     """
-    if save not in SAVES:
-        raise ValueError(f"save must be one of {SAVES}, got {save!r}")
+    check_gradient_tiles(call.rule.config)
+    if main_grad is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "main_grad must be None under torch.compile, which would take what is in "
+            f"grad_added_to_main_grad now, {main_grad.grad_added_to_main_grad}, for a constant"
+        )
+    call = with_saved(call, save)
     inputs = differentiable_of(call)
-    for name, tensor in inputs.items():
-        check_no_tangent(name, tensor)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-        call = with_saved(call, save)
-        by_expert = None if replay is None else replay.by_expert()
-        options = call, by_expert, main_grad, tuple(inputs)
-        results = Layer.apply(*options, *inputs.values())
-        return dict(zip(results_of(call), results, strict=True))
-    if call.tokens.shape[0]:
-        launcher()(call)
-    return results_of(call)
+    by_expert = None if replay is None else replay.by_expert()
+    results = Layer.apply(call, by_expert, main_grad, tuple(inputs), *inputs.values())
+    return dict(zip(results_of(call), results, strict=True))
 
 
 def differentiable_of(call: Call) -> dict[str, Tensor]:

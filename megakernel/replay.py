@@ -34,6 +34,8 @@ class Replay:
         load_E: [E] int32, choices per expert.
         placement: what the tables were built for.
         is_fixed: whether a config was given.
+        unplaced: the same without a placement, if there is one: a backward has rows by expert,
+            whatever the placement, so that its bits do not depend on that.
     """
 
     expert_of_TK: Tensor
@@ -45,7 +47,7 @@ class Replay:
     placement: Placement | None
     is_fixed: bool
     other_heights: dict[int, "Replay"] = field(default_factory=dict, repr=False)
-    without_placement: list["Replay"] = field(default_factory=list, repr=False)
+    unplaced: "Replay | None" = field(default=None, repr=False)
 
     def of_height(self, block_rows: int) -> "Replay":
         """Return the replay for a tile height; builds tables (and synchronises) once per height.
@@ -67,16 +69,8 @@ class Replay:
         return self.other_heights[block_rows]
 
     def by_expert(self) -> "Replay":
-        """Return the replay whose slots are experts, as the backward has it; built once."""
-        if self.placement is None:
-            return self
-        if not self.without_placement:
-            self.without_placement.append(
-                sort_into_rows(
-                    self.expert_of_TK, self.num_experts, None, self.block_rows, is_fixed=True
-                )
-            )
-        return self.without_placement[0]
+        """Return the replay whose slots are experts, as a backward has it."""
+        return self.unplaced or self
 
 
 @torch.inference_mode(False)  # tables are kept for later calls, of whatever mode
@@ -112,7 +106,13 @@ def sort_into_rows(
     load_E = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).int()
     if placement is None:
         rows = rows._replace(first_row_of_E=(tile_start_P * block_rows).int(), rows_of_E=load_E)
-    return Replay(ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed)
+    unplaced = (
+        sort_into_rows(ids_TK, num_experts, None, block_rows, is_fixed) if placement else None
+    )
+    return Replay(
+        ids_TK, num_experts, block_rows, num_tiles, rows, load_E, placement, is_fixed,
+        unplaced=unplaced,
+    )  # fmt: skip
 
 
 def slots_of_assignments(

@@ -145,18 +145,30 @@ def check_routing_tensors(
         check_device(name, tensor, x_TH)
 
 
+def check_tile_product(elements: int) -> None:
+    """Refuse tiles that the interpreter, which makes all products before it adds, cannot hold."""
+    if INTERPRETED and elements > TRITON_MAX_TENSOR_NUMEL:
+        raise ValueError(
+            "config must keep rows · step · columns of a tile product within "
+            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements}: "
+            "halve step, or use megakernel.config.INTERPRETER"
+        )
+
+
+def check_gradient_tiles(config: KernelConfig) -> None:
+    """Refuse the same of the backward's products, whose depth is rows, tokens or experts."""
+    depth = min(config.step, config.block_rows)
+    columns = max(config.block_i, config.combine_tokens) * config.block_h
+    check_tile_product(depth * max(columns, config.block_experts * config.step))
+
+
 def check_size(
     shape_TK: tuple[int, int], placement: Placement | None, experts: Experts, config: KernelConfig
 ) -> None:
     """Refuse calls whose row ids would not fit 32 bits, or whose tiles no interpreter holds."""
     columns = max(2 * config.block_i, config.block_h)
     elements = max(config.block_rows * columns, config.block_tokens * config.block_experts)
-    if INTERPRETED and elements * config.step > TRITON_MAX_TENSOR_NUMEL:
-        raise ValueError(
-            "config must keep rows · step · columns of a tile product within "
-            f"{TRITON_MAX_TENSOR_NUMEL} in the interpreter, got {elements * config.step}: "
-            "halve step, or use megakernel.config.INTERPRETER"
-        )
+    check_tile_product(elements * config.step)
     num_tokens, top_k = shape_TK
     num_slots = experts.num_experts if placement is None else placement.num_slots
     num_tiles = bound_tiles(num_tokens * top_k, num_slots, config.block_rows)

@@ -103,6 +103,13 @@ def halves_of(acc, W: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def halved(values):
+    """Return the left and the right half of the columns of a tile."""
+    halves = values.reshape((values.shape[0], 2, values.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
 def activated(gate, up, C: tl.constexpr):
     """Return h from gate and up, or from up alone."""
     if C.expert.has_gate:  # noqa: SIM108  (known when compiling)

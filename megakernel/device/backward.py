@@ -3,56 +3,81 @@
 import triton
 import triton.language as tl
 
-from megakernel.device.arithmetic import dot, rounded
+from megakernel.device.arithmetic import dot, halved, rounded
 from megakernel.device.derivatives import gated_with_slopes
-from megakernel.device.ffn import add_product, product, store_halves, store_rows
+from megakernel.device.ffn import product, store_halves, store_rows
 from megakernel.device.shared import slice_of
 
 
 @triton.jit
-def load_halves(z, row, inside, block, W: tl.constexpr, C: tl.constexpr):
-    """Return gate and up of one block of I, float32, twice up without a gate; see store_halves."""
+def load_halves(
+    z, row, inside, first, COLUMNS: tl.constexpr, W: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Return gate and up of some columns, float32, twice up without a gate; see store_halves."""
     WIDTH: tl.constexpr = W.stacked * W.height
-    column = block * W.block + tl.arange(0, W.block)
+    SPAN: tl.constexpr = COLUMNS * C.expert.rows_per_column
+    column = first * C.expert.rows_per_column + tl.arange(0, SPAN)
     inside = inside[:, None] & (column < W.height)[None, :]
     place = z + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    gate, up = first, first
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    up = gate
     if W.stacked == 2:
         up = tl.load(place + W.height, mask=inside, other=0.0).to(tl.float32)
     elif C.expert.has_gate:  # they take turns
-        gate, up = tl.split(first.reshape(W.interleaved_halves))
+        gate, up = tl.split(gate.reshape((C.block_rows, COLUMNS, 2)))
     return gate, up
 
 
 @triton.jit
 def finish_dh(
-    acc, gate, up, weight, tile, block, inside, b, W: tl.constexpr, C: tl.constexpr
+    acc, z, z_row, weight, inside, tile, first, b, W: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """From dA' and z make dz, A weighted and this block's part of <dA', A>, and store them.
+    """From dA' and z make dz and A weighted and store them; return the part of <dA', A>.
+
+    The sums of products stay in registers meanwhile, so a few columns are done at a time.
 
     Args:
-        acc: dA' = dy · down, [block_rows, block_i] float32.
-        gate, up: z.
+        acc: dA' = dy · down, [block_rows, columns] float32.
+        z, z_row: where z lies, and which of its rows.
         weight: of each row, [block_rows] float32.
-        tile, block: row tile and block of I.
         inside: which rows exist.
+        tile, first: row tile and first column of I.
         W: rule of gate_up.
     """
-    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
-    column = block * C.block_i + tl.arange(0, C.block_i)
-    h, by_gate, by_up = gated_with_slopes(gate, up, C)
-    if b.scratch.ds_CB is not None:
-        place = b.scratch.ds_CB + tile_row.to(tl.int64) * C.i_blocks + block
+    COLUMNS: tl.constexpr = acc.shape[1]
+    if C.dh_columns < COLUMNS:
+        left, right = halved(acc)
+        part = finish_dh(left, z, z_row, weight, inside, tile, first, b, W, C)
+        first += COLUMNS // 2
+        part += finish_dh(right, z, z_row, weight, inside, tile, first, b, W, C)
+    else:
+        gate, up = load_halves(z, z_row, inside, first, COLUMNS, W, C)
+        row = tl.arange(0, C.block_rows)
+        column = first + tl.arange(0, COLUMNS)
+        tile_start = tile.to(tl.int64) * C.block_rows
+        # Rows that do not exist become zeros, which the gradients of weights count on.
+        every = row < C.block_rows
+        h, by_gate, by_up = gated_with_slopes(gate, up, C)
         # Columns past I are zero in dA', but need not be in h.
-        tl.store(place, tl.sum(tl.where((column < C.intermediate)[None, :], acc * h, 0.0), 1),
-                 mask=inside)  # fmt: skip
-    if b.scratch.a_CI is not None:
-        a = rounded(weight[:, None] * h, b.scratch.a_CI.dtype.element_ty, C)
-        store_rows(b.scratch.a_CI, tile_row, inside, column, C.intermediate, a, "")
-    if b.scratch.dz_C2I is not None:
-        da = weight[:, None] * acc
-        store_halves(b.scratch.dz_C2I, tile_row, inside, block, da * by_gate, da * by_up, W, C)
+        part = tl.sum(tl.where((column < C.intermediate)[None, :], acc * h, 0.0), 1)
+        if b.scratch.a_CI is not None:
+            a = rounded(weight[:, None] * h, b.scratch.a_CI.dtype.element_ty, C)
+            a_start = b.scratch.a_CI + tile_start * C.intermediate
+            store_rows(a_start, row, every, column, C.intermediate, a, "")
+        if b.scratch.dz_C2I is not None:
+            da = weight[:, None] * acc
+            dz_start = b.scratch.dz_C2I + tile_start * C.z_width
+            store_halves(dz_start, row, every, first, da * by_gate, da * by_up, W, C)
+    return part
+
+
+@triton.jit
+def store_ds(part, tile, block, inside, b, C: tl.constexpr):
+    """Store one block's part of <dA', A> of each row, if it is wanted."""
+    if b.scratch.ds_CB is not None:
+        tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
+        place = b.scratch.ds_CB + tile_row.to(tl.int64) * C.i_blocks + block
+        tl.store(place, part, mask=inside)
 
 
 @triton.jit
@@ -72,9 +97,10 @@ def dh_tile(tile, block, content, weight, b, size, W: tl.constexpr, C: tl.conste
     assignment = tl.where(inside, tl.load(place, mask=inside, other=0), 0)
     dy_start = b.incoming.dy_TH + (assignment // C.top_k).to(tl.int64) * C.hidden
     acc = product(dy_start, inside, weight, expert, block * W.block, W, C)
-    gate, up = load_halves(b.saved.z_A2I, assignment, inside, block, Z, C)
     share = tl.load(b.routing.gate_TK + assignment, mask=inside, other=0.0).to(tl.float32)
-    finish_dh(acc, gate, up, share, tile, block, inside, b, Z, C)
+    first = block * C.block_i
+    part = finish_dh(acc, b.saved.z_A2I, assignment, share, inside, tile, first, b, Z, C)
+    store_ds(part, tile, block, inside, b, C)
 
 
 @triton.jit
@@ -90,22 +116,27 @@ def shared_dh_tile(tile, block, b, size, C: tl.constexpr):
     first_row = block * C.block_i
     acc = product(dy_start, inside, b.shared.down_HJ, slice_index, first_row, W, C)
     z_row = slice_index * size.num_tokens + token
-    gate, up = load_halves(b.saved.shared_z_S2I, z_row, inside, block, Z, C)
     share = tl.where(inside, 1.0, 0.0)
     if b.saved.sigmoid_T is not None:
         share = tl.load(b.saved.sigmoid_T + token, mask=inside, other=0.0)
-    finish_dh(acc, gate, up, share, tile, block, inside, b, Z, C)
+    z = b.saved.shared_z_S2I
+    part = finish_dh(acc, z, z_row, share, inside, tile, first_row, b, Z, C)
+    store_ds(part, tile, block, inside, b, C)
 
 
 @triton.jit
-def store_dx(acc, tile, block, inside, b, C: tl.constexpr):
-    """Store one block of columns of dx_CH."""
-    dx_CH = b.scratch.dx_CH
-    tile_row = tile * C.block_rows + tl.arange(0, C.block_rows)
-    column = block * C.block_h + tl.arange(0, C.block_h)
-    store_rows(
-        dx_CH, tile_row, inside, column, C.hidden, rounded(acc, dx_CH.dtype.element_ty, C), ""
-    )
+def store_dx(acc, tile, first, inside, b, C: tl.constexpr):
+    """Store some columns of dx_CH, a few at a time: see :func:`finish_dh`."""
+    COLUMNS: tl.constexpr = acc.shape[1]
+    if C.stored_columns < COLUMNS:
+        left, right = halved(acc)
+        store_dx(left, tile, first, inside, b, C)
+        store_dx(right, tile, first + COLUMNS // 2, inside, b, C)
+    else:
+        dx = rounded(acc, b.scratch.dx_CH.dtype.element_ty, C)
+        tile_start = b.scratch.dx_CH + tile.to(tl.int64) * C.block_rows * C.hidden
+        column = first + tl.arange(0, COLUMNS)
+        store_rows(tile_start, tl.arange(0, C.block_rows), inside, column, C.hidden, dx, "")
 
 
 @triton.jit
@@ -119,10 +150,10 @@ def dx_tile(tile, block, content, weight, b, W: tl.constexpr, C: tl.constexpr):
     inside = row < filled
     dz_start = b.scratch.dz_C2I + (tile * C.block_rows + row).to(tl.int64) * W.width
     # Flattened, the next block's first loads are under way while this one's sums are stored.
-    FLAT: tl.constexpr = C.flattened and C.dx_per_task > 1
+    FLAT: tl.constexpr = False
     for h_block in tl.range(block, min(block + C.dx_per_task, C.h_blocks), flatten=FLAT):
         acc = product(dz_start, inside, weight, expert, h_block * W.block, W, C)
-        store_dx(acc, tile, h_block, inside, b, C)
+        store_dx(acc, tile, h_block * W.block, inside, b, C)
 
 
 @triton.jit
@@ -140,10 +171,10 @@ def shared_dx_tile(tile, block, b, size, C: tl.constexpr):
         if C.expert.has_gate:
             acc = product(dz_start, inside, b.shared.gate_JH, slice_index, first, W, C)
             up_start = dz_start + C.intermediate
-            acc = add_product(acc, up_start, inside, b.shared.up_JH, slice_index, first, W, C)
+            acc = product(up_start, inside, b.shared.up_JH, slice_index, first, W, C, acc)
         else:
             acc = product(dz_start, inside, b.shared.up_JH, slice_index, first, W, C)
-        store_dx(acc, tile, h_block, inside, b, C)
+        store_dx(acc, tile, h_block * W.block, inside, b, C)
 
 
 @triton.jit
@@ -168,9 +199,13 @@ def rows_of_token(b, token, exists, column, size, C: tl.constexpr):
 
 
 @triton.jit
-def through_router(acc, b, token, exists, column, C: tl.constexpr):
-    """Return acc + dlogits · router, the former rounded to the latter's dtype."""
+def through_router(b, token, exists, column, C: tl.constexpr):
+    """Return dlogits · router, the former rounded to the latter's dtype.
+
+    The product is made turned, since wgmma serves no fewer than 64 rows on its left.
+    """
     inside = (column < C.hidden)[None, :]
+    acc = tl.full(C.turned_tile, 0.0, tl.float32)
     for first_expert in range(0, C.num_experts, C.grad_step):
         expert = first_expert + tl.arange(0, C.grad_step)
         served = expert < C.num_experts
@@ -182,8 +217,8 @@ def through_router(acc, b, token, exists, column, C: tl.constexpr):
             mask=served[:, None] & inside,
             other=0.0,
         )
-        acc = dot(rounded(dlogits, router.dtype, C), router, acc, C)
-    return acc
+        acc = dot(router.T, rounded(dlogits, router.dtype, C).T, acc, C)
+    return acc.T
 
 
 @triton.jit
@@ -200,7 +235,7 @@ def dx_sum_tile(tile, group, b, size, C: tl.constexpr):
         column = (group * C.group_blocks + block) * C.block_h + tl.arange(0, C.block_h)
         acc = rows_of_token(b, token, exists, column, size, C)
         if C.gradients.weighs:
-            acc = through_router(acc, b, token, exists, column, C)
+            acc += through_router(b, token, exists, column, C)
         if C.gradients.token_gated:
             gate = tl.load(b.shared.token_gate_1H + column, mask=column < C.hidden, other=0.0)
             dtoken = tl.load(b.scratch.dtoken_T + token, mask=exists, other=0.0)

@@ -59,7 +59,7 @@ def run_shared(kind, tile, block, b, size, C: tl.constexpr):
         shared_dh_tile(tile, block, b, size, C)
     elif C.gradients.x and kind == C.SHARED_DX:
         shared_dx_tile(tile, block, b, size, C)
-    elif C.gradients.shared_gate_up and kind == C.SHARED_DGATE_UP:
+    elif C.shared_matrices > 0 and kind == C.SHARED_DGATE_UP:
         shared_dgate_up_tile(tile, block, b, size, C)
     elif C.gradients.shared_down and kind == C.SHARED_DDOWN:
         shared_ddown_tile(tile, block, b, size, C)

@@ -27,23 +27,21 @@ def store_rows(start, tile_row, inside, column, WIDTH: tl.constexpr, values, CAC
 
 
 @triton.jit
-def product(row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr):
+def product(
+    row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr, before=None
+):  # fmt: skip
     """Return rows · weightᵀ in float32, [tile_rows, columns of W].
 
     Args:
         row_start: [tile_rows of W] where rows of the left side start, each as wide as W says.
         inside: [tile_rows] which of them exist.
         weight, expert, first_row: see load_weight.
+        before: what the product is added to; None for zero.
     """
-    acc = tl.full(W.acc_tile, 0.0, tl.float32)
-    return add_product(acc, row_start, inside, weight, expert, first_row, W, C)
-
-
-@triton.jit
-def add_product(
-    acc, row_start, inside, weight, expert, first_row, W: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """Return acc + rows · weightᵀ; see :func:`product`."""
+    if before is None:  # noqa: SIM108  (known when compiling)
+        acc = tl.full(W.acc_tile, 0.0, tl.float32)
+    else:
+        acc = before
     for column in tl.range(0, W.width, C.step, num_stages=C.num_stages):
         rows = load_rows(row_start, inside, column, W.width, C)
         # One product for gate and up: a wider B makes better use of shared memory bandwidth.
@@ -52,19 +50,21 @@ def add_product(
 
 
 @triton.jit
-def store_halves(z, row, inside, block, gate, up, W: tl.constexpr, C: tl.constexpr):
-    """Store gate and up of one block of I, or up alone, in the order of gate_up's rows.
+def store_halves(z, row, inside, first, gate, up, W: tl.constexpr, C: tl.constexpr):
+    """Store some columns of gate and up, or of up alone, in the order of gate_up's rows.
 
     Args:
         z: [.., rows of an expert's gate_up].
         row: which of its rows.
         inside: which of them exist.
-        block: of I.
-        gate, up: [rows, block_i] float32.
+        first: first column of I.
+        gate, up: [rows, columns] float32.
         W: rule of gate_up.
     """
     WIDTH: tl.constexpr = W.stacked * W.height
-    column = block * W.block + tl.arange(0, W.block)
+    ROWS: tl.constexpr = up.shape[0]
+    SPAN: tl.constexpr = up.shape[1] * C.expert.rows_per_column
+    column = first * C.expert.rows_per_column + tl.arange(0, SPAN)
     inside = inside[:, None] & (column < W.height)[None, :]
     place = z + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     DTYPE: tl.constexpr = z.dtype.element_ty
@@ -72,7 +72,7 @@ def store_halves(z, row, inside, block, gate, up, W: tl.constexpr, C: tl.constex
         tl.store(place, rounded(gate, DTYPE, C), mask=inside)
         tl.store(place + W.height, rounded(up, DTYPE, C), mask=inside)
     elif C.expert.has_gate:  # they take turns
-        both = tl.join(rounded(gate, DTYPE, C), rounded(up, DTYPE, C)).reshape(W.acc_tile)
+        both = tl.join(rounded(gate, DTYPE, C), rounded(up, DTYPE, C)).reshape((ROWS, SPAN))
         tl.store(place, both, mask=inside)
     else:
         tl.store(place, rounded(up, DTYPE, C), mask=inside)
@@ -127,7 +127,7 @@ def ffn1_tile(
             acc += load_bias(b.experts.gate_up_bias_E2I, expert, first_row, W)
         gate, up = halves_of(acc, W, C)
         if b.saved.z_A2I is not None:
-            store_halves(b.saved.z_A2I, assignment, inside, i_block, gate, up, W, C)
+            store_halves(b.saved.z_A2I, assignment, inside, i_block * C.block_i, gate, up, W, C)
         if not C.is_backward:
             store_h(gate, up, tile, i_block, inside, b, W, C)
 

@@ -3,61 +3,94 @@
 import triton
 import triton.language as tl
 
-from megakernel.device.arithmetic import dot, rounded
+from megakernel.device.arithmetic import dot, halved, rounded
+
+
+@triton.jit
+def tokens_of(assignment, ordinal, num_rows, C: tl.constexpr):
+    """Return the tokens of an expert's rows, past the last its own; without a table, the rows."""
+    token = tl.minimum(ordinal, num_rows - 1)
+    if assignment is not None:
+        token = tl.load(assignment + token) // C.top_k
+    return token
+
+
+@triton.jit
+def load_some(place, exists, ALL: tl.constexpr):
+    """Load [rows, columns], 0 in columns that do not exist, if that is not so of all of them."""
+    if ALL:  # noqa: SIM108  (known when compiling)
+        values = tl.load(place)
+    else:
+        values = tl.load(place, mask=exists[None, :], other=0.0)
+    return values
 
 
 @triton.jit
 def rows_product(
-    acc, left, left_column, LEFT_WIDTH: tl.constexpr, right, right_column,
-    RIGHT_WIDTH: tl.constexpr, rows, assignment, TOKENS_LEFT: tl.constexpr, C: tl.constexpr,
+    left, left_column, exists, LEFT_WIDTH: tl.constexpr, right, h_block, rows, assignment,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + leftᵀ · right, the depth being an expert's rows in order.
+    """Return leftᵀ · right, [block_i, block_h] float32, the depth being an expert's rows in order.
 
-    One side has a row per row of the tables, the other one per token, gathered.
+    No row is masked: in the last step the left side's rows past the end are zeros of its tile.
 
     Args:
-        left, right: [.., LEFT_WIDTH] and [.., RIGHT_WIDTH].
-        left_column, right_column: which columns of each.
+        left: [rows of the tables, LEFT_WIDTH].
+        left_column: which of its columns, [block_i].
+        exists: which of them do.
+        right: [tokens, H], gathered.
+        h_block: which block of its columns.
         rows: (first row of the expert, how many it has).
         assignment: which assignment each of its rows serves; None where rows are tokens.
-        TOKENS_LEFT: whether the left side is the one gathered.
     """
     first_row, num_rows = rows
-    left_inside = (left_column < LEFT_WIDTH)[None, :]
-    right_inside = (right_column < RIGHT_WIDTH)[None, :]
-    for start in tl.range(0, num_rows, C.grad_step, num_stages=C.num_stages):
-        ordinal = start + tl.arange(0, C.grad_step)
-        inside = ordinal < num_rows
-        row = (first_row + ordinal).to(tl.int64)
-        token = ordinal.to(tl.int64)
-        if assignment is not None:
-            token = tl.load(assignment + ordinal, mask=inside, other=0).to(tl.int64) // C.top_k
-        left_row = token if TOKENS_LEFT else row
-        right_row = row if TOKENS_LEFT else token
-        left_place = left + left_row[:, None] * LEFT_WIDTH + left_column[None, :]
-        right_place = right + right_row[:, None] * RIGHT_WIDTH + right_column[None, :]
-        a = tl.load(left_place, mask=inside[:, None] & left_inside, other=0.0)
-        b = tl.load(right_place, mask=inside[:, None] & right_inside, other=0.0)
+    step = tl.arange(0, C.grad_step)
+    left_place = step[:, None] * LEFT_WIDTH + left_column[None, :]
+    right_column = h_block * C.block_h + tl.arange(0, C.block_h)
+    right_start = right + right_column
+    acc = tl.full(C.gradient_tile, 0.0, tl.float32)
+    STAGES: tl.constexpr = C.num_stages if assignment is None else C.gather_stages
+    for start in tl.range(0, num_rows, C.grad_step, num_stages=STAGES):
+        left_start = left + (first_row.to(tl.int64) + start) * LEFT_WIDTH
+        token = tokens_of(assignment, start + step, num_rows, C)
+        right_place = right_start[None, :] + token.to(tl.int64)[:, None] * C.hidden
+        a = load_some(left_start + left_place, exists, C.intermediate % C.block_i == 0)
+        b = load_some(right_place, right_column < C.hidden, C.hidden % C.block_h == 0)
         acc = dot(a.T, b, acc, C)
     return acc
 
 
 @triton.jit
-def store_gradient(start, offset, inside, acc, is_added, C: tl.constexpr):
-    """Write a tile of a gradient, or add it to what is there; each is added to by one task."""
-    place = start + offset
-    dtype: tl.constexpr = start.dtype.element_ty
-    if dtype == tl.float32:
-        acc += tl.load(place, mask=inside & (is_added != 0), other=0.0)
-    tl.store(place, rounded(acc, dtype, C), mask=inside)
+def store_gradient(
+    start, place, exists, first, STRIDE: tl.constexpr, acc, is_added, C: tl.constexpr
+):  # fmt: skip
+    """Write a tile of a gradient, or add it to what is there; each is added to by one task.
 
+    A few columns at a time, as :func:`megakernel.device.backward.finish_dh` does.
 
-@triton.jit
-def offset_of(expert, row, column, W: tl.constexpr):
-    """Return where rows and columns of an expert's weight lie, and which of them exist."""
-    rows_of_expert = expert.to(tl.int64) * W.expert_stride + row.to(tl.int64) * W.row_stride
-    offset = rows_of_expert[:, None] + (column.to(tl.int64) * W.column_stride)[None, :]
-    return offset, (row < W.stacked * W.height)[:, None] & (column < W.width)[None, :]
+    Args:
+        start: of the matrix.
+        place: where the tile's rows lie in it, [block_i].
+        exists: which of them do.
+        first: first column, of H.
+        STRIDE: from one column to the next.
+        acc: [block_i, columns] float32.
+        is_added: 0 or 1, for a gradient in float32.
+    """
+    COLUMNS: tl.constexpr = acc.shape[1]
+    if C.stored_columns < COLUMNS:
+        left, right = halved(acc)
+        store_gradient(start, place, exists, first, STRIDE, left, is_added, C)
+        first += COLUMNS // 2
+        store_gradient(start, place, exists, first, STRIDE, right, is_added, C)
+    else:
+        column = first + tl.arange(0, COLUMNS)
+        inside = exists[:, None] & (column < C.hidden)[None, :]
+        target = start + place[:, None] + (column.to(tl.int64) * STRIDE)[None, :]
+        dtype: tl.constexpr = start.dtype.element_ty
+        if dtype == tl.float32:
+            acc += tl.load(target, mask=inside & (is_added != 0), other=0.0)
+        tl.store(target, rounded(acc, dtype, C), mask=inside)
 
 
 @triton.jit
@@ -74,43 +107,44 @@ def dgate_up_tile(expert, block, is_added, b, size, C: tl.constexpr):
     expert without rows, which is left alone if gradients are added.
     """
     W: tl.constexpr = C.gate_up
-    first, num_rows = rows_of_expert(expert, b)
-    rows = (size.shared_tiles * C.block_rows + first, num_rows)
-    assignment = b.rows.assignment_of_C + first
+    first_row, num_rows = rows_of_expert(expert, b)
+    rows = (size.shared_tiles * C.block_rows + first_row, num_rows)
+    assignment = b.rows.assignment_of_C + first_row
     row = block // C.dx_tasks * C.block_i + tl.arange(0, C.block_i)
+    start = b.gradients.gate_up_E2IH + expert.to(tl.int64) * W.expert_stride
+    place, exists = row.to(tl.int64) * W.row_stride, row < C.z_width
     first_block = block % C.dx_tasks * C.dx_per_task
     last_block = min(first_block + C.dx_per_task, C.h_blocks)
     if (num_rows > 0) | (is_added == 0):
         for h_block in range(first_block, last_block):
-            column = h_block * C.block_h + tl.arange(0, C.block_h)
-            acc = tl.full(C.gate_up_tile, 0.0, tl.float32)
-            acc = rows_product(acc, b.scratch.dz_C2I, row, C.z_width, b.x_TH, column, C.hidden,
-                               rows, assignment, False, C)  # fmt: skip
-            offset, inside = offset_of(expert, row, column, W)
-            store_gradient(b.gradients.gate_up_E2IH, offset, inside, acc, is_added, C)
+            acc = rows_product(b.scratch.dz_C2I, row, exists, C.z_width, b.x_TH, h_block, rows,
+                               assignment, C)  # fmt: skip
+            first = h_block * C.block_h
+            store_gradient(start, place, exists, first, W.column_stride, acc, is_added, C)
 
 
 @triton.jit
 def ddown_tile(expert, block, is_added, b, size, C: tl.constexpr):
-    """Compute dyᵀ · (weighted A) over an expert's rows, for a block of H and some of I.
+    """Compute dyᵀ · (weighted A) over an expert's rows, turned, for a block of H and some of I.
 
     Reads: dy_TH gathered, a_CI, the row tables. Writes: as :func:`dgate_up_tile`.
     """
     W: tl.constexpr = C.down
-    first, num_rows = rows_of_expert(expert, b)
-    rows = (size.shared_tiles * C.block_rows + first, num_rows)
-    assignment = b.rows.assignment_of_C + first
-    row = block // C.down_columns * C.block_h + tl.arange(0, C.block_h)
+    first_row, num_rows = rows_of_expert(expert, b)
+    rows = (size.shared_tiles * C.block_rows + first_row, num_rows)
+    assignment = b.rows.assignment_of_C + first_row
+    start = b.gradients.down_EHI + expert.to(tl.int64) * W.expert_stride
+    h_block = block // C.down_columns
     first_block = block % C.down_columns * C.down_per_task
     last_block = min(first_block + C.down_per_task, C.i_blocks)
     if (num_rows > 0) | (is_added == 0):
         for i_block in range(first_block, last_block):
-            column = i_block * C.block_i + tl.arange(0, C.block_i)
-            acc = tl.full(C.down_tile, 0.0, tl.float32)
-            acc = rows_product(acc, b.incoming.dy_TH, row, C.hidden, b.scratch.a_CI, column,
-                               C.intermediate, rows, assignment, True, C)  # fmt: skip
-            offset, inside = offset_of(expert, row, column, W)
-            store_gradient(b.gradients.down_EHI, offset, inside, acc, is_added, C)
+            i = i_block * C.block_i + tl.arange(0, C.block_i)
+            place, exists = i.to(tl.int64) * W.column_stride, i < C.intermediate
+            acc = rows_product(b.scratch.a_CI, i, exists, C.intermediate, b.incoming.dy_TH,
+                               h_block, rows, assignment, C)  # fmt: skip
+            first = h_block * C.block_h
+            store_gradient(start, place, exists, first, W.row_stride, acc, is_added, C)
 
 
 @triton.jit
@@ -119,25 +153,22 @@ def shared_dgate_up_tile(tile, block, b, size, C: tl.constexpr):
 
     Reads: dz_C2I, x_TH. Writes: its tiles of the gradient of the shared gate or up.
     """
-    MATRICES: tl.constexpr = 2 if C.expert.has_gate else 1
+    MATRICES: tl.constexpr = C.shared_matrices
     slice_index, matrix = tile // MATRICES, tile % MATRICES
+    if C.expert.has_gate and not C.gradients.shared_gate:
+        matrix = 1
     rows = (slice_index * (size.shared_tiles // C.num_slices) * C.block_rows, size.num_tokens)
     i = block // C.dx_tasks * C.block_i + tl.arange(0, C.block_i)
-    left_column = tl.where(i < C.intermediate, matrix * C.intermediate + i, C.z_width)
     row = slice_index * C.intermediate + i
-    exists = (i < C.intermediate) & (row < C.shared_width)
-    out = b.gradients.shared_up_JH
-    if C.expert.has_gate and matrix == 0:
-        out = b.gradients.shared_gate_JH
+    place, exists = row.to(tl.int64) * C.hidden, (i < C.intermediate) & (row < C.shared_width)
+    out = b.gradients.shared_gate_JH if C.gradients.shared_gate else b.gradients.shared_up_JH
+    if MATRICES == 2 and matrix == 1:
+        out = b.gradients.shared_up_JH
     first_block = block % C.dx_tasks * C.dx_per_task
     for h_block in range(first_block, min(first_block + C.dx_per_task, C.h_blocks)):
-        column = h_block * C.block_h + tl.arange(0, C.block_h)
-        acc = tl.full(C.gate_up_tile, 0.0, tl.float32)
-        acc = rows_product(acc, b.scratch.dz_C2I, left_column, C.z_width, b.x_TH, column,
-                           C.hidden, rows, None, False, C)  # fmt: skip
-        offset = row.to(tl.int64)[:, None] * C.hidden + column[None, :]
-        inside = exists[:, None] & (column < C.hidden)[None, :]
-        store_gradient(out, offset, inside, acc, 0, C)
+        acc = rows_product(b.scratch.dz_C2I, matrix * C.intermediate + i, i < C.intermediate,
+                           C.z_width, b.x_TH, h_block, rows, None, C)  # fmt: skip
+        store_gradient(out, place, exists, h_block * C.block_h, 1, acc, 0, C)
 
 
 @triton.jit
@@ -147,18 +178,16 @@ def shared_ddown_tile(slice_index, block, b, size, C: tl.constexpr):
     Reads: dy_TH, a_CI. Writes: its tiles of the gradient of the shared down.
     """
     rows = (slice_index * (size.shared_tiles // C.num_slices) * C.block_rows, size.num_tokens)
-    row = block // C.down_columns * C.block_h + tl.arange(0, C.block_h)
+    h_block = block // C.down_columns
     first_block = block % C.down_columns * C.down_per_task
     for i_block in range(first_block, min(first_block + C.down_per_task, C.i_blocks)):
         i = i_block * C.block_i + tl.arange(0, C.block_i)
-        acc = tl.full(C.down_tile, 0.0, tl.float32)
-        acc = rows_product(acc, b.incoming.dy_TH, row, C.hidden, b.scratch.a_CI, i,
-                           C.intermediate, rows, None, True, C)  # fmt: skip
-        column = slice_index * C.intermediate + i
-        exists = (i < C.intermediate) & (column < C.shared_width)
-        offset = row.to(tl.int64)[:, None] * C.shared_width + column[None, :]
-        inside = (row < C.hidden)[:, None] & exists[None, :]
-        store_gradient(b.gradients.shared_down_HJ, offset, inside, acc, 0, C)
+        place = slice_index * C.intermediate + i
+        exists = (i < C.intermediate) & (place < C.shared_width)
+        acc = rows_product(b.scratch.a_CI, i, i < C.intermediate, C.intermediate,
+                           b.incoming.dy_TH, h_block, rows, None, C)  # fmt: skip
+        out, first = b.gradients.shared_down_HJ, h_block * C.block_h
+        store_gradient(out, place, exists, first, C.shared_width, acc, 0, C)
 
 
 @triton.jit
@@ -171,7 +200,7 @@ def drouter_tile(tile, block, b, size, C: tl.constexpr):
     if block < C.router_columns:
         dweight_tile(expert, block, b, size, C)
     elif b.gradients.router_bias_E is not None:
-        total = tl.sum(tl.full(C.router_tile, 0.0, tl.float32), 1)
+        total = tl.full(C.expert_row, 0.0, tl.float32)
         for start in range(0, size.num_tokens, C.grad_step):
             total += tl.sum(load_dlogits(start, expert, b, size, C), 0)
         out = b.gradients.router_bias_E
@@ -182,10 +211,11 @@ def drouter_tile(tile, block, b, size, C: tl.constexpr):
 @triton.jit
 def load_dlogits(start, expert, b, size, C: tl.constexpr):
     """Load the gradients of some experts' logits for a step of tokens, 0 where there is none."""
-    token = start + tl.arange(0, C.grad_step)
-    inside = (token < size.num_tokens)[:, None] & (expert < C.num_experts)[None, :]
-    place = token.to(tl.int64)[:, None] * C.num_experts + expert[None, :]
-    return tl.load(b.scratch.dlogits_TE + place, mask=inside, other=0.0)
+    step = tl.arange(0, C.grad_step)
+    inside = (start + step < size.num_tokens)[:, None] & (expert < C.num_experts)[None, :]
+    first = b.scratch.dlogits_TE + tl.full((), start, tl.int64) * C.num_experts
+    place = step[:, None] * C.num_experts + expert[None, :]
+    return tl.load(first + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -195,17 +225,19 @@ def dweight_tile(expert, block, b, size, C: tl.constexpr):
     DTYPE: tl.constexpr = out.dtype.element_ty
     column = block * C.step + tl.arange(0, C.step)
     acc = tl.full(C.router_tile, 0.0, tl.float32)
+    step = tl.arange(0, C.grad_step)
+    # Turned: as the right side dlogits come in wide loads.
     for start in tl.range(0, size.num_tokens, C.grad_step, num_stages=C.num_stages):
-        token = start + tl.arange(0, C.grad_step)
         dlogits = rounded(load_dlogits(start, expert, b, size, C), DTYPE, C)
-        mask = (token < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
-        place = token.to(tl.int64)[:, None] * C.hidden + column[None, :]
+        mask = (start + step < size.num_tokens)[:, None] & (column < C.hidden)[None, :]
+        first = b.x_TH + tl.full((), start, tl.int64) * C.hidden
+        place = step[:, None] * C.hidden + column[None, :]
         # A token that nothing reaches, as padding is, may hold anything.
         is_reached = tl.max((dlogits != 0.0).to(tl.int32), 1) > 0
-        x = tl.load(b.x_TH + place, mask=mask & is_reached[:, None], other=0.0)
-        acc = dot(dlogits.T, x.to(DTYPE), acc, C)
-    inside = (expert < C.num_experts)[:, None] & (column < C.hidden)[None, :]
-    offset = expert[:, None] * C.hidden + column[None, :]
+        x = tl.load(first + place, mask=mask & is_reached[:, None], other=0.0)
+        acc = dot(x.to(DTYPE).T, dlogits, acc, C)
+    inside = (column < C.hidden)[:, None] & (expert < C.num_experts)[None, :]
+    offset = column[:, None] + expert[None, :] * C.hidden
     tl.store(out + offset, rounded(acc, DTYPE, C), mask=inside)
 
 

@@ -36,7 +36,8 @@ def shared_ffn1_tile(tile, block, b, size, C: tl.constexpr):
     gate, up = halves_of(acc, W, C)
     if b.saved.shared_z_S2I is not None:
         row = slice_index * size.num_tokens + token
-        store_halves(b.saved.shared_z_S2I, row, inside, block, gate, up, W, C)
+        first = block * C.block_i
+        store_halves(b.saved.shared_z_S2I, row, inside, first, gate, up, W, C)
     if not C.is_backward:
         store_h(gate, up, tile, block, inside, b, W, C)
 

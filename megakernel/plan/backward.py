@@ -41,7 +41,7 @@ def backward_segments(asked: GradientRule, makes_rows: bool, has_shared: bool) -
         P.MIXED: asked.x and asked.down,
         P.DX_SUM: asked.x and not asked.down,
         P.DDOWN: asked.down and not asked.x,
-        P.SHARED_DGATE_UP: asked.shared_gate_up,
+        P.SHARED_DGATE_UP: asked.shared_gate or asked.shared_up,
         P.SHARED_DDOWN: asked.shared_down,
         P.DBIAS: asked.gate_up_bias or asked.down_bias,
     }

@@ -116,6 +116,21 @@ class BackwardSpec(KernelSpec):
         """Rows, tokens or experts of a step where those are the depth of a product."""
         return min(self.step, self.block_rows)
 
+    @cached_property
+    def dh_columns(self) -> int:
+        """Columns of dH finished at a time: more, and what they need would not fit registers."""
+        return min(self.block_i, 32)
+
+    @cached_property
+    def stored_columns(self) -> int:
+        """Columns of a product stored at a time: the fewer, the fewer addresses are held."""
+        return min(self.block_h, 64)
+
+    @cached_property
+    def gather_stages(self) -> int:
+        """Stages of a loop whose loads need a lookup each: Triton gives half of them to that."""
+        return 2 * min(self.num_stages, 3) - 1
+
     # Tasks per tile of what writes the gradient of a weight; see KINDS for what a tile is.
 
     @cached_property
@@ -154,6 +169,11 @@ class BackwardSpec(KernelSpec):
         return self.i_blocks * self.dx_tasks
 
     @cached_property
+    def shared_matrices(self) -> int:
+        """Which of a slice's gate and up have tasks: those that are not frozen."""
+        return self.gradients.shared_gate + self.gradients.shared_up
+
+    @cached_property
     def gate_up_bias_blocks(self) -> int:
         """Blocks of ``block_h`` columns of the first bias, 0 if it is not asked for."""
         return triton.cdiv(self.z_width, self.block_h) if self.gradients.gate_up_bias else 0
@@ -167,12 +187,11 @@ class BackwardSpec(KernelSpec):
     @cached_property
     def weight_tasks(self) -> tuple[int, ...]:
         """Tasks of each kind from DROUTER on."""
-        matrices = 2 if self.expert.has_gate else 1
         return (
             triton.cdiv(self.num_experts, self.block_experts) * self.router_tasks,
             self.num_experts * self.gate_up_tasks,
             self.num_experts * self.down_tasks,
-            self.num_slices * matrices * self.shared_gate_up_tasks,
+            self.num_slices * self.shared_matrices * self.shared_gate_up_tasks,
             self.num_slices * self.down_tasks,
             self.num_experts * self.bias_tasks,
             self.h_blocks,
@@ -220,19 +239,24 @@ class BackwardSpec(KernelSpec):
     # Shapes of tiles held in registers, as the device code names them.
 
     @cached_property
-    def gate_up_tile(self) -> tuple[int, int]:
-        """[block_i, block_h]"""
+    def gradient_tile(self) -> tuple[int, int]:
+        """[block_i, block_h], of dGateUp and, turned, of dDown"""
         return self.block_i, self.block_h
 
     @cached_property
-    def down_tile(self) -> tuple[int, int]:
-        """[block_h, block_i]"""
-        return self.block_h, self.block_i
+    def router_tile(self) -> tuple[int, int]:
+        """[step, block_experts]"""
+        return self.step, self.block_experts
 
     @cached_property
-    def router_tile(self) -> tuple[int, int]:
-        """[block_experts, step]"""
-        return self.block_experts, self.step
+    def expert_row(self) -> tuple[int]:
+        """[block_experts]"""
+        return (self.block_experts,)
+
+    @cached_property
+    def turned_tile(self) -> tuple[int, int]:
+        """[block_h, combine_tokens]"""
+        return self.block_h, self.combine_tokens
 
     @cached_property
     def h_row(self) -> tuple[int]:

@@ -1,8 +1,8 @@
 """The launch in plain PyTorch: claims, waits, runs and signals as the kernel does, and checks.
 
-Every list and every dialect of :mod:`megakernel.plan.forward` runs here, task by task, with the
-arithmetic of ``machine_routing.py`` and ``machine_ffn.py``. What the kernel leaves in each buffer
-can so be compared with what the same task list means.
+Every list and every dialect of the layer, forward and backward, runs here, task by task, with the
+arithmetic of the modules named ``machine_*``. What the kernel leaves in each buffer can so be
+compared with what the same task list means.
 """
 
 from collections import Counter
@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from megakernel.plan import machine_ffn, machine_routing
+from megakernel.plan import (
+    machine_backward,
+    machine_ffn,
+    machine_gradients,
+    machine_routing,
+    machine_weighing,
+)
 from megakernel.plan.buffers import Buffers
 from megakernel.plan.machine_memory import Memory
 from megakernel.plan.order import plain
@@ -30,6 +36,19 @@ TASKS: dict[int, Callable[[Memory, int, int], None]] = {
     Protocol.SHARED_FFN2: machine_ffn.shared_ffn2,
     Protocol.FFN2: machine_ffn.ffn2,
     Protocol.COMBINE: machine_ffn.combine,
+    Protocol.SHARED_DH: machine_backward.shared_dh,
+    Protocol.DH: machine_backward.dh,
+    Protocol.SHARED_DX: machine_backward.shared_dx,
+    Protocol.DX: machine_backward.dx,
+    Protocol.DS: machine_weighing.ds,
+    Protocol.DX_SUM: machine_backward.dx_sum,
+    Protocol.DROUTER: machine_weighing.drouter,
+    Protocol.DGATE_UP: machine_gradients.dgate_up,
+    Protocol.DDOWN: machine_gradients.ddown,
+    Protocol.SHARED_DGATE_UP: machine_gradients.shared_dgate_up,
+    Protocol.SHARED_DDOWN: machine_gradients.shared_ddown,
+    Protocol.DBIAS: machine_gradients.dbias,
+    Protocol.DTOKEN_GATE: machine_weighing.dtoken_gate,
 }
 
 
@@ -61,6 +80,8 @@ class Machine:
         capacity: int = 0,
         seed: int = 0,
         wide: torch.dtype = torch.float64,
+        exact: bool = False,
+        is_added: bool = False,
     ) -> None:
         """Fill every buffer that the launch writes with what no task may leave behind.
 
@@ -71,6 +92,8 @@ class Machine:
             num_tiles: row tiles as the kernel is told them, those of the shared expert among them.
             capacity, seed: of the router, 0 where it has none.
             wide: dtype of all arithmetic.
+            exact: whether what is written keeps it too, whatever dtype the launch would round to.
+            is_added: whether a backward adds gradients of expert weights to what is there.
         """
         self.spec = spec
         counted = not spec.makes_rows
@@ -79,7 +102,7 @@ class Machine:
         self.table_wait = plain.table_wait_of(self.schedule.size, spec)
         self.values: dict[str, Any] = {"capacity": capacity, "seed": seed}
         size = self.schedule.size._replace(**self.values)
-        self.memory = Memory(arguments, self.schedule, size, wide)
+        self.memory = Memory(arguments, self.schedule, size, wide, exact, is_added)
         self.signals: Counter[int] = Counter()
         self.awaited: dict[int, int] = {}
         self.came_before: Counter[int] = Counter()

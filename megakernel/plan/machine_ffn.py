@@ -15,10 +15,11 @@ from megakernel.plan.order import plain
 from megakernel.plan.rules import ExpertRule
 
 
-def activated(gate_CI: Tensor | None, up_CI: Tensor, rule: ExpertRule) -> Tensor:
+def activated(z_CI: list[Tensor], rule: ExpertRule) -> Tensor:
     """Return h_CI from the sums of gate and up, or of up alone."""
+    *gated, up_CI = z_CI
     if rule.activation == "clamped_swiglu":
-        assert gate_CI is not None
+        (gate_CI,) = gated
         gate_CI, up_CI = gate_CI.clamp(max=rule.limit), up_CI.clamp(-rule.limit, rule.limit)
         return (up_CI + 1) * gate_CI * torch.sigmoid(1.702 * gate_CI)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,7 +30,7 @@ def activated(gate_CI: Tensor | None, up_CI: Tensor, rule: ExpertRule) -> Tensor
         "relu2": lambda values: relu(values).square(),
     }
     activate = functions[rule.activation]
-    return activate(up_CI) if gate_CI is None else activate(gate_CI) * up_CI
+    return activate(gated[0]) * up_CI if gated else activate(up_CI)
 
 
 def filled_rows(m: Memory, tile: int) -> tuple[slice, slice, int]:
@@ -42,26 +43,41 @@ def filled_rows(m: Memory, tile: int) -> tuple[slice, slice, int]:
     return rows, own, int(m.read("rows.expert_of_tile", routed_tile))
 
 
+def halves_of(rule: ExpertRule, place_I: Tensor, width: int) -> list[Tensor]:
+    """Return where the rows of gate and of up lie that make columns of I; of up, without a gate.
+
+    Args:
+        rule: says whether they take turns.
+        place_I: the columns.
+        width: I.
+    """
+    if not rule.has_gate:
+        return [place_I]
+    step, apart = (2, 1) if rule.interleaved else (1, width)
+    return [step * place_I, step * place_I + apart]
+
+
 def ffn1(m: Memory, tile: int, block: int) -> None:
-    """h = activation(gate · x) * (up · x), for one row tile and its task's blocks of I."""
+    """z = gate_up · x + bias and h = activation(gate) * up, for a row tile and its task's columns.
+
+    A forward writes h, and z where a backward will want it; a backward writes z alone.
+    """
     rule, I = m.spec.expert, m.spec.intermediate
     rows, own, expert = filled_rows(m, tile)
-    x_CH = m.read("x_TH", m.read("rows.assignment_of_C", rows) // m.spec.top_k)
+    assignment_C = m.read("rows.assignment_of_C", rows)
+    x_CH = m.read("x_TH", assignment_C // m.spec.top_k)
     columns = columns_of(block, plain.ffn1_end_of(block, m.size, m.spec), m.spec.block_i, I)
-    place_I = torch.arange(I, device=x_CH.device)[columns]
-    step, apart = (2, 1) if rule.interleaved else (1, I)
-
-    def sums(place_I: Tensor) -> Tensor:
+    halves = halves_of(rule, torch.arange(I, device=x_CH.device)[columns], I)
+    z_CI = []
+    for place_I in halves:
         sum_CI = x_CH @ m.read("experts.gate_up_E2IH", (expert, place_I)).T
         if "experts.gate_up_bias_E2I" in m:
             sum_CI = sum_CI + m.read("experts.gate_up_bias_E2I", (expert, place_I))
-        return sum_CI
-
-    if rule.has_gate:
-        h_CI = activated(sums(step * place_I), sums(step * place_I + apart), rule)
-    else:
-        h_CI = activated(None, sums(place_I), rule)
-    m.write("scratch.h_CI", (own, columns), h_CI)
+        z_CI.append(sum_CI)
+        if "saved.z_A2I" in m:
+            m.write("saved.z_A2I", (assignment_C[:, None], place_I[None, :]), sum_CI)
+    if not m.spec.is_backward:
+        m.write("scratch.h_CI", (own, columns), activated(z_CI, rule))
 
 
 def h_columns_of(m: Memory, block: int) -> slice:
@@ -93,18 +109,32 @@ def shared_rows(m: Memory, tile: int) -> tuple[slice, slice, int]:
     return span(tokens), slice(tile * height, tile * height + len(tokens)), tile // tiles
 
 
+def inside_slice(m: Memory, index: int, columns: slice) -> slice:
+    """Return where columns of a slice lie in the whole shared expert, none past its end."""
+    first, J = index * m.spec.intermediate, m.spec.shared_width
+    return slice(min(first + columns.start, J), min(first + columns.stop, J))
+
+
 def shared_ffn1(m: Memory, tile: int, block: int) -> None:
-    """h of a slice for one row tile and one block of I; zero past the last of its columns."""
-    I, J = m.spec.intermediate, m.spec.shared_width
+    """z and h of a slice for one row tile and one block of I; zero past the last of its columns.
+
+    What is written is what :func:`ffn1` says.
+    """
+    I = m.spec.intermediate
     at, own, index = shared_rows(m, tile)
     columns = columns_of(block, block + 1, m.spec.block_i, I)
-    inside = slice(min(index * I + columns.start, J), min(index * I + columns.stop, J))
+    inside = inside_slice(m, index, columns)
     x_TH = m.read("x_TH", at)
-    up_TI = x_TH @ m.read("shared.up_JH", inside).T
-    gate_TI = x_TH @ m.read("shared.gate_JH", inside).T if m.spec.expert.has_gate else None
-    h_TI = activated(gate_TI, up_TI, m.spec.expert)
-    missing = columns.stop - columns.start - h_TI.shape[1]
-    m.write("scratch.h_CI", (own, columns), pad(h_TI, (0, missing)))
+    missing = columns.stop - columns.start - (inside.stop - inside.start)
+    names = ("gate_JH", "up_JH") if m.spec.expert.has_gate else ("up_JH",)
+    z_TI = [pad(x_TH @ m.read(f"shared.{name}", inside).T, (0, missing)) for name in names]
+    if "saved.shared_z_S2I" in m:
+        kept = slice(index * m.size.num_tokens + at.start, index * m.size.num_tokens + at.stop)
+        for half, sum_TI in enumerate(z_TI):
+            place = slice(half * I + columns.start, half * I + columns.stop)
+            m.write("saved.shared_z_S2I", (kept, place), sum_TI)
+    if not m.spec.is_backward:
+        m.write("scratch.h_CI", (own, columns), activated(z_TI, m.spec.expert))
 
 
 def shared_ffn2(m: Memory, tile: int, block: int) -> None:

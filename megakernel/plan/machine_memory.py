@@ -8,7 +8,7 @@ even where the tasks happen to run in an order that hides it.
 import torch
 from torch import Tensor
 
-from megakernel.plan.buffers import Buffers, Rows, Scratch, Sizes, flatten, unflatten
+from megakernel.plan.buffers import Buffers, Rows, Saved, Scratch, Sizes, flatten, unflatten
 from megakernel.plan.forward import outputs_of
 from megakernel.plan.schedule import Schedule
 from megakernel.plan.scratch import Shape, scratch_shapes
@@ -16,6 +16,8 @@ from megakernel.plan.spec import KernelSpec
 
 UNWRITTEN = -7  # no task leaves it behind
 NOBODY = -1
+OWNERS = (("scratch", Scratch()), ("rows", Rows()), ("saved", Saved()))
+ADDED = ("gradients.gate_up_E2IH", "gradients.down_EHI")  # what a launch may be told to add to
 
 Index = int | slice | Tensor | list[int] | tuple
 
@@ -27,33 +29,59 @@ class Memory:
         spec: shapes and tiles.
         size: the integers of the launch.
         wide: dtype of all arithmetic between a read and a write.
+        exact: whether what is written keeps that dtype, so that nothing is rounded.
+        is_added: whether gradients of expert weights are added to what is there.
+        device: of all tensors.
         values: every tensor; those that the launch writes start as NaN or ``UNWRITTEN``.
         writer: for each of those, the id of the task that wrote each cell, or ``NOBODY``.
     """
 
     def __init__(
-        self, arguments: Buffers, schedule: Schedule, size: Sizes, wide: torch.dtype
+        self,
+        arguments: Buffers,
+        schedule: Schedule,
+        size: Sizes,
+        wide: torch.dtype,
+        exact: bool = False,
+        is_added: bool = False,
     ) -> None:
         """Take over inputs as they are, and make outputs and scratch anew."""
         self.spec: KernelSpec = schedule.spec
-        self.size, self.wide = size, wide
+        self.size, self.wide, self.exact, self.is_added = size, wide, exact, is_added
         self.values = flatten(arguments)
         tokens = arguments.y_TH if arguments.x_TH is None else arguments.x_TH
         assert tokens is not None
+        self.device = tokens.device
+        self.writer: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self._shapes(schedule, tokens.dtype).items():
+            self._make(name, shape, wide if exact and dtype.is_floating_point else dtype)
+        if "saved.sigmoid_T" in self.writer:  # a forward keeps it where it works with it
+            for tensors in (self.values, self.writer):
+                tensors["scratch.sigmoid_T"] = tensors["saved.sigmoid_T"]
+        self.begin(NOBODY, 0)
+
+    def _shapes(
+        self, schedule: Schedule, dtype: torch.dtype
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Return shape and dtype of all that the launch writes, by dotted name."""
         written = outputs_of(self.spec.stages, self.spec.route) & self.values.keys()
         shapes: dict[str, tuple[Shape, torch.dtype]] = {
             name: (self.values[name].shape, self.values[name].dtype) for name in written
         }
-        for name, kind in scratch_shapes(schedule, tokens.dtype).items():
-            for owner, record in (("scratch", Scratch), ("rows", Rows)):
-                if name in record._fields:
-                    shapes[f"{owner}.{name}"] = kind
-        self.writer: dict[str, Tensor] = {}
-        for name, (shape, dtype) in shapes.items():
+        for name, kind in scratch_shapes(schedule, dtype).items():
+            owner = next((own for own, record in OWNERS if name in record._fields), None)
+            if owner is not None:
+                shapes[f"{owner}.{name}"] = kind
+        return shapes
+
+    def _make(self, name: str, shape: Shape, dtype: torch.dtype) -> None:
+        """Make a tensor that the launch writes; what is added to keeps what it holds."""
+        if self.keeps(name):
+            self.values[name] = self.values[name].to(dtype, copy=True)
+        else:
             fill = torch.nan if dtype.is_floating_point else UNWRITTEN
-            self.values[name] = tokens.new_full(shape, fill, dtype=dtype)
-            self.writer[name] = tokens.new_full(shape, NOBODY, dtype=torch.int64)
-        self.begin(NOBODY, 0)
+            self.values[name] = torch.full(shape, fill, dtype=dtype, device=self.device)
+        self.writer[name] = torch.full(shape, NOBODY, dtype=torch.int64, device=self.device)
 
     def begin(self, task_id: int, seen: int) -> None:
         """Make a task the one that reads and writes.
@@ -97,6 +125,15 @@ class Memory:
         self.values[name][at] = torch.as_tensor(values).to(self.values[name])
         self.writer[name][at] = self.task_id
 
+    def before(self, name: str, at: Index) -> Tensor:
+        """Return cells of an output as they were ahead of the launch."""
+        assert bool((self.writer[name][at] == NOBODY).all())
+        return self.values[name][at].to(self.wide)
+
+    def rounded_as(self, name: str, values: Tensor) -> Tensor:
+        """Return values rounded to the dtype of a tensor, for a product in that dtype."""
+        return values if self.exact else values.to(self.values[name].dtype).to(self.wide)
+
     def _check(self, writer: int, deed: str) -> None:
         if writer == NOBODY:
             raise RuntimeError(f"task {self.task_id} {deed}, which nobody wrote")
@@ -104,8 +141,13 @@ class Memory:
             raise RuntimeError(f"task {self.task_id} {deed} without waiting for task {writer}")
 
     def written(self, name: str) -> Tensor:
-        """Return which cells of a tensor hold a result."""
-        return self.writer[name] != NOBODY
+        """Return which cells of a tensor hold a result, were it that of an earlier launch."""
+        written = self.writer[name] != NOBODY
+        return torch.ones_like(written) if self.keeps(name) else written
+
+    def keeps(self, name: str) -> bool:
+        """Whether a launch leaves in a tensor what it does not write over."""
+        return self.is_added and name in ADDED
 
     def buffers(self) -> Buffers:
         """Return all tensors, in the record of a launch."""

@@ -17,7 +17,7 @@ def route(m: Memory, tile: int, block: int) -> None:
     """Write logits, ids, weights, ranks and counts of a token tile, as the route leaves open."""
     tokens = tokens_of(m, tile, m.spec.block_tokens)
     at = span(tokens)
-    if "shared.token_gate_1H" in m:
+    if "shared.token_gate_1H" in m and not m.spec.is_backward:
         sum_T1 = m.read("x_TH", at) @ m.read("shared.token_gate_1H").T
         m.write("scratch.sigmoid_T", at, torch.sigmoid(sum_T1[:, 0]))
     if m.spec.route == "given":
@@ -53,6 +53,8 @@ def choose_and_weigh(m: Memory, tokens: range) -> Tensor:
     score_TE = scores_of(logits_TE, correction_E, router)
     ids_TK = torch.tensor([choose(scores, m.spec) for scores in score_TE.tolist()])
     gate_TK = weigh(logits_TE, ids_TK, router)
+    if "saved.chosen_TK" in m:
+        m.write("saved.chosen_TK", at, ids_TK)
     if router.random_second:
         draw_T = torch.tensor([draw(m.size.seed, token) for token in tokens])
         ids_TK[:, 1].masked_fill_(2 * gate_TK[:, 1] <= draw_T, -1)
@@ -168,6 +170,9 @@ def scatter(m: Memory, tile: int, _: int) -> None:
         m.write("scratch.num_tiles_1", (), m.size.shared_tiles + num_tiles)
         if "routing.load_E" in m:
             m.write("routing.load_E", (), load_of(m))
+        if "rows.rows_of_E" in m:
+            m.write("rows.first_row_of_E", (), start_P * spec.block_rows)
+            m.write("rows.rows_of_E", (), rows_P)
     slot_of_tile = torch.repeat_interleave(tiles_P)
     share = -(-num_tiles // m.size.token_tiles)
     for row_tile in range(tile * share, min((tile + 1) * share, num_tiles)):

@@ -50,9 +50,9 @@ class GradientRule:
     """Which gradients a backward launch is asked for, and what it has to work from.
 
     Attributes:
-        x, router, router_bias, gate_up, down, gate_up_bias, down_bias, gates, shared_gate_up,
-            shared_down, token_gate: whether the gradient of each is asked for; ``gates`` of given
-            weights alone.
+        x, router, router_bias, gate_up, down, gate_up_bias, down_bias, gates, shared_gate,
+            shared_up, shared_down, token_gate: whether the gradient of each is asked for;
+            ``gates`` of given weights alone.
         weighs: whether the router makes the weights, so that they lead on to its logits.
         token_gated: whether the shared expert has a token gate, which leads on to the tokens.
         recomputes: whether FFN1 is run again, since its sums were not kept.
@@ -66,7 +66,8 @@ class GradientRule:
     gate_up_bias: bool = False
     down_bias: bool = False
     gates: bool = False
-    shared_gate_up: bool = False
+    shared_gate: bool = False
+    shared_up: bool = False
     shared_down: bool = False
     token_gate: bool = False
     weighs: bool = False

@@ -52,7 +52,7 @@ def backward_shapes(
         shapes["z_A2I"] = ((num_tokens * spec.top_k, spec.z_width), dtype)
         if spec.num_slices:
             shapes["shared_z_S2I"] = ((spec.num_slices * num_tokens, spec.z_width), dtype)
-    if asked.x or asked.gate_up or asked.gate_up_bias or asked.shared_gate_up:
+    if asked.x or asked.gate_up or asked.gate_up_bias or asked.shared_gate or asked.shared_up:
         shapes["dz_C2I"] = ((num_rows, spec.z_width), dtype)
     if asked.down or asked.shared_down:
         shapes["a_CI"] = ((num_rows, spec.intermediate), dtype)

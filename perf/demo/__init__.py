@@ -1,1 +1,1 @@
-"""A small language model from rollout to replayed forward."""
+"""A small language model from rollout to a training step under replay."""

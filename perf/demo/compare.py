@@ -102,10 +102,7 @@ def forward_all_ways(
     """
     byte_GS = rollouts.byte_GS[rollouts.micro_batch(micro_batch), :-1]
     ids_TLK = rollouts.ids_of(micro_batch)
-    placement_L = [
-        planned_placement(plan, micro_batch, layer, ids_TLK.device)
-        for layer in range(model.config.num_layers)
-    ]
+    placement_L = planned_placements(plan, micro_batch, model)
     layers_of_way = {
         "reference, replayed": reference_layers(model, ids_TLK),
         "megakernel, router free": megakernel_layers(model),
@@ -159,6 +156,16 @@ def find_failures(forwards: Sequence[Forward]) -> list[str]:
 def same_bits(one: Forward, other: Forward) -> bool:
     """Whether two passes gave equal logits; NaN is equal to nothing."""
     return torch.equal(one.logits_GSU, other.logits_GSU)
+
+
+def planned_placements(
+    plan: Plan, micro_batch: int, model: DemoModel
+) -> list[megakernel.Placement]:
+    """Hand a plan's maps of all layers to the kernel."""
+    return [
+        planned_placement(plan, micro_batch, layer, model.embedding_UH.device)
+        for layer in range(model.config.num_layers)
+    ]
 
 
 def planned_placement(

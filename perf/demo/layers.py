@@ -1,19 +1,27 @@
 """Who may compute the demo model's MoE layers: the reference, or the megakernel, watched."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import megakernel
 import reference
+from megakernel.config import INTERPRETER
 from perf.demo.model import MoELayer, MoEWeights
 from perf.measuring.launches import count_launches
 
+Answer = TypeVar("Answer")
 WARM_UPS = 10
 REPEATS = 50
+# The interpreter pays per task: tiles as tall as a micro-batch's busy experts make the fewest.
+ON_CPU = replace(
+    INTERPRETER, block_rows=128, block_h=128, step=64, column_groups=1, block_tokens=64,
+    select_tokens=64, combine_tokens=64,
+)  # fmt: skip
 
 
 class ReferenceLayer:
@@ -45,10 +53,11 @@ class MegakernelLayer:
     ) -> None:
         self.router = megakernel.Router(top_k)
         self.placement = placement
+        self.config = None if torch.cuda.is_available() else ON_CPU
         self.replay = None
         if expert_of_TK is not None:
             ids_TK = expert_of_TK.int().contiguous()
-            self.replay = megakernel.prepare_replay(ids_TK, num_experts, placement)
+            self.replay = megakernel.prepare_replay(ids_TK, num_experts, placement, self.config)
 
     def __call__(self, x_TH: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
         experts = megakernel.Experts(weights.gate_up_E2IH, weights.down_EHI)
@@ -59,6 +68,7 @@ class MegakernelLayer:
             self.router,
             replay=self.replay,
             placement=self.placement,
+            config=self.config,
         )
         # As they are: a cast to int64 would be a second launch.
         return output.y_TH, output.expert_of_TK
@@ -97,9 +107,62 @@ class WatchedLayer:
         return median(_event_us(self.call) for _ in range(REPEATS))
 
 
+@dataclass
+class TrainedLayer:
+    """A layer that counts the launches of its forward and of its backward, each by itself.
+
+    Attributes:
+        layer: who computes.
+        forward, backward: names of what the latest of each launched.
+    """
+
+    layer: MoELayer
+    forward: list[str] = field(default_factory=list)
+    backward: list[str] = field(default_factory=list)
+
+    def __call__(self, x_TH: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
+        return _Counted.apply(self, x_TH, *weights)
+
+
+class _Counted(torch.autograd.Function):
+    """The layer as an autograd graph of its own, so that nothing else is in what is counted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, counter: TrainedLayer, x_TH: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        inputs = [tensor.detach().requires_grad_() for tensor in (x_TH, *weights)]
+
+        def call() -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                return counter.layer(inputs[0], MoEWeights(*inputs[1:]))
+
+        (y_TH, expert_of_TK), counter.forward = _counted(call, x_TH.is_cuda)
+        ctx.counter, ctx.inputs, ctx.y_TH = counter, inputs, y_TH
+        ctx.mark_non_differentiable(expert_of_TK)
+        return y_TH.detach(), expert_of_TK
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        def call() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(ctx.y_TH, ctx.inputs, dy_TH, retain_graph=dy_TH.is_cuda)
+
+        gradients, ctx.counter.backward = _counted(call, dy_TH.is_cuda)
+        return None, *gradients
+
+
 def watch(layers: Iterable[MoELayer], on_done: Callable[[], object]) -> list[WatchedLayer]:
     """Return the layers with their launches counted; ``on_done`` is called after each call."""
     return [WatchedLayer(layer, on_done) for layer in layers]
+
+
+def _counted(call: Callable[[], Answer], on_gpu: bool) -> tuple[Answer, list[str]]:
+    """Call, and return what that gave and what it launched."""
+    if on_gpu:
+        call()  # the first call of a shape compiles and allocates
+    with count_launches(on_gpu) as launched:
+        answer = call()
+    return answer, launched
 
 
 def _event_us(call: Callable[[], object]) -> float:

@@ -188,7 +188,7 @@ def save_model(model: DemoModel, path: Path) -> None:
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> DemoModel:
-    """Read what :func:`save_model` wrote; weights are frozen, as the layer has no backward yet."""
+    """Read what :func:`save_model` wrote; weights ask for no gradient until a caller wants one."""
     with optional("safetensors").safe_open(path, framework="pt", device=device) as file:
         sizes = {name: int(size) for name, size in file.metadata().items()}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from balance import Plan
 from balance.measures.load import imbalance
 from perf.demo.compare import Drift, Forward, same_bits
+from perf.demo.policy import MicroBatch
 from perf.demo.rollout import Rollouts
+from perf.demo.step import LEARNING_RATE, Way, errors, same_gradients
 
 
 def show_model(card_path: Path, device: str) -> None:
@@ -79,6 +82,56 @@ def show_forwards(kind: str, forwards: Sequence[Forward]) -> None:
         print("   (the megakernel's seconds are the interpreter's; they say nothing of a GPU)")
     bits = "the same bits" if same_bits(forwards[-2], forwards[-1]) else "DIFFERENT bits"
     print(f"   logits with and without the plan's placement: {bits}")
+
+
+def show_step(
+    kinds: Sequence[str], batches: Sequence[MicroBatch], truth: Way, ways: Sequence[Way]
+) -> None:
+    """Print one row per way to make a training step: error of gradients, launches, loss.
+
+    Args:
+        kinds: names of the micro-batches.
+        batches: the micro-batches.
+        truth: the step in float64.
+        ways: plain PyTorch first, then the megakernel without a plan, then under plans.
+    """
+    tokens = sum(len(batch.expert_of_TLK) for batch in batches)
+    named = ", ".join(f"“{kind}”" for kind in kinds)
+    print(f"\n5. Training step under replay: micro-batches {named}, {tokens} tokens, float32")
+    print("   policy gradient, advantages within a prompt; reward: share of different bytes")
+    print(f"   {'':33}error of the gradient of … vs float64, and launches of all {len(kinds)}")
+    kernels = "Triton launches" if not truth.loss.is_cuda else "launches"
+    kinds_of_weight = [kind.replace("_weight", "") for kind in errors(truth, truth)]
+    _print_cells("", [*kinds_of_weight, f"{kernels}, by layer, forward + backward"])
+    for way in ways:
+        _print_cells(way.name, [*_errors_of(way, truth), _launches_of(way)])
+    if not truth.loss.is_cuda:
+        seconds = ", ".join(f"{way.seconds:.0f}" for way in ways[1:])
+        print(
+            f"   (in the interpreter {seconds} s, shared by processes; they say nothing of a GPU)"
+        )
+    plain, *planned = ways[1:]
+    same = all(same_gradients(plain, way) for way in planned)
+    bits = "the same bits" if same else "DIFFERENT bits"
+    print(f"   gradients of all parameters without a plan and under both plans: {bits}")
+
+
+def show_update(before: Tensor, after: Tensor) -> None:
+    """Print the loss before and after the optimizer's step."""
+    print(f"   AdamW, learning rate {LEARNING_RATE}: loss {before:.4f} -> {after:.4f}")
+
+
+def _errors_of(way: Way, truth: Way) -> list[str]:
+    return [f"{off:.1e}" for off in errors(way, truth).values()]
+
+
+def _launches_of(way: Way) -> str:
+    return " | ".join(" ".join(f"{f}+{b}" for f, b in of_layers) for of_layers in way.launches)
+
+
+def _print_cells(name: str, cells: Sequence[str]) -> None:
+    *narrow, wide = cells
+    print(f"   {name:33}{''.join(f'{cell:12}' for cell in narrow)}{wide}")
 
 
 def _time(one: Forward) -> str:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megakernel import Experts, KernelConfig, Placement, Router, moe, moe_routed, prepare_replay
+from megakernel import Experts, KernelConfig, Placement, moe, moe_routed, prepare_replay
 from megakernel.device.backward_kernel import backward_kernel
 from megakernel.device.kernel import moe_kernel
 from megakernel.experts import SharedExpert
 from tests.helpers.dialects import TINY, Dialect, place
-from tests.helpers.gradients import Gradients, Problem, relative_error, tensors_of
+from tests.helpers.gradients import Gradients, Incoming, Problem, relative_error, tensors_of
 from tests.helpers.inputs import poison_scratch
 
 # Two blocks of I and of H, the last of each short, and two workers.
@@ -32,31 +32,41 @@ class Trained:
     gradients: Gradients
 
 
-def with_leaves(problem: Problem) -> tuple[Problem, dict[str, Tensor]]:
-    """Return the problem on tensors that ask for a gradient, and those by name."""
+def with_leaves(
+    problem: Problem, device: torch.device | str = "cpu"
+) -> tuple[Problem, dict[str, Tensor]]:
+    """Return the problem on a device, on tensors that ask for a gradient, and those by name."""
     inputs, router = problem.inputs, problem.router
     tensors = {"x_TH": inputs.x_TH} | tensors_of(inputs.experts)
     if problem.given_TK is None:
         tensors |= {"router.weight_EH": inputs.router_EH, "router.bias_E": router.bias_E}
     else:
         tensors["routing.gate_TK"] = problem.given_TK
-    # A clone keeps the strides of a turned weight.
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items() if t is not None}
+    # A copy keeps the strides of a turned weight.
+    leaves = {
+        name: tensor.detach().to(device, copy=True).requires_grad_()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
     inputs = replace(
         inputs,
         x_TH=leaves["x_TH"],
-        router_EH=leaves.get("router.weight_EH", inputs.router_EH),
+        router_EH=leaves.get("router.weight_EH", inputs.router_EH.to(device)),
         experts=experts_of(inputs.experts, leaves),
     )
-    if router.bias_E is not None and "router.bias_E" in leaves:
-        router = with_bias(router, leaves["router.bias_E"])
-    given_TK = leaves.get("routing.gate_TK")
-    return replace(problem, inputs=inputs, router=router, given_TK=given_TK), leaves
-
-
-def with_bias(router: Router, bias_E: Tensor) -> Router:
-    """Return the router with another bias."""
-    return replace(router, bias_E=bias_E)
+    correction_E = router.correction_bias_E
+    router = replace(
+        router,
+        bias_E=leaves.get("router.bias_E"),
+        correction_bias_E=None if correction_E is None else correction_E.to(device),
+    )
+    return Problem(
+        inputs,
+        router,
+        problem.expert_of_TK.to(device),
+        leaves.get("routing.gate_TK"),
+        Incoming(*(None if d is None else d.to(device) for d in problem.incoming)),
+    ), leaves
 
 
 def experts_of(experts: Experts, leaves: dict[str, Tensor]) -> Experts:
@@ -76,6 +86,7 @@ def train(
     save: str = "preactivations",
     placement: Placement | None = None,
     replays: bool | None = None,
+    device: torch.device | str = "cpu",
 ) -> Trained:
     """Run one forward and backward of a problem, all scratch being NaN before each.
 
@@ -86,8 +97,9 @@ def train(
         save: see ``api.moe``.
         placement: instead of the dialect's own.
         replays: whether the routing is replayed; as the dialect says when None.
+        device: where to run.
     """
-    problem, leaves = with_leaves(problem)
+    problem, leaves = with_leaves(problem, device)
     inputs, ids_TK = problem.inputs, problem.expert_of_TK
     placement = placement or place(dialect.split, ids_TK)
     options = {"placement": placement, "config": config, "save": save}
@@ -116,13 +128,13 @@ def errors_beyond(
     Allowed is eager's own error in the dtype, or the rounding of the gradient's dtype where eager
     computes in a wider one; of float32, 1e-5.
     """
-    served_TK = None if trained.served_TK is None else trained.served_TK.long()
+    served_TK = None if trained.served_TK is None else trained.served_TK.long().cpu()
     oracle = problem.gradients(served_TK)
     eager = problem.gradients(served_TK, dtype)
     assert trained.gradients.keys() == oracle.keys()
     beyond = {}
     for name, truth in oracle.items():
-        own = trained.gradients[name]
+        own = trained.gradients[name].cpu()
         least = 1e-5 if own.dtype == torch.float32 else torch.finfo(own.dtype).eps / 2
         allowed = max(least, relative_error(eager[name], truth))
         error = relative_error(own, truth)

@@ -206,13 +206,6 @@ REFUSED = {
         lambda: Experts(torch.zeros(E, 2 * I, H), torch.zeros(E, H, I), transposed=True),
         r"gate_up_E2IH must be contiguous after \.mT when transposed.*strides",
     ),
-    "a bias that wants grad": (
-        lambda: moe_routed(
-            torch.ones(2, H), torch.zeros(2, 1).int(), torch.ones(2, 1),
-            make(down_bias_EH=torch.zeros(E, H, requires_grad=True)),
-        ),
-        "down_bias_EH must not require grad",
-    ),
 }  # fmt: skip
 
 

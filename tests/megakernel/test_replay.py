@@ -158,3 +158,18 @@ def test_tables_made_in_inference_mode_serve_autograd(placement):
     for one in (replay, taller):
         kept = {"ids": one.expert_of_TK, "load": one.load_E, **flatten(one.rows)}
         assert [name for name, tensor in kept.items() if tensor.is_inference()] == []
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["copies take turns", "named copies"])
+def test_a_backward_has_rows_by_expert_whatever_the_placement(named: bool):
+    ids_TK = torch.tensor([[0, 2], [1, -1], [2, 0], [2, 1]])
+    slots_TK = torch.tensor([[0, 3], [1, 0], [2, 0], [3, 1]]) if named else None
+    placement = Placement(torch.tensor([0, 1, 2, 2]), slots_TK)
+    plain = prepare_replay(ids_TK, 3, config=SMALL)
+    placed = prepare_replay(ids_TK, 3, placement, SMALL)
+    assert plain.by_expert() is plain
+    assert placed.num_tiles > placed.by_expert().num_tiles == plain.num_tiles
+    for own, expected in zip(placed.by_expert().rows, plain.rows, strict=True):
+        assert torch.equal(own, expected)
+    assert plain.rows.rows_of_E.tolist() == [2, 2, 3]
+    assert plain.rows.first_row_of_E.tolist() == [0, 16, 32]

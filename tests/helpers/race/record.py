@@ -97,7 +97,9 @@ class Recorder:
         """Add an event; none if the mask is false everywhere."""
         addresses = pointers.data
         if mask is not None:
-            addresses = addresses[np.broadcast_to(np.asarray(mask.data), addresses.shape)]
+            # A scalar's comparison, spread over a tile, has integers for truth values.
+            held = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)
+            addresses = addresses[held]
         if not addresses.size:
             return None
         unit = self.unit_of(is_signal=more.get("order") == "RELEASE" and more.get("added") != 0)

@@ -247,9 +247,9 @@ REFUSED = {
         lambda: run(Router(2, correction_bias_E=torch.zeros(3))),
         r"correction_bias_E.*shape.*\(12,\).*3",
     ),
-    "bias that wants grad": (
-        lambda: run(Router(2, bias_E=torch.zeros(E, requires_grad=True))),
-        "bias_E must not require grad",
+    "correction that wants grad": (
+        lambda: run(Router(2, correction_bias_E=torch.zeros(E, requires_grad=True))),
+        "correction_bias_E must not require grad",
     ),
     "groups that do not divide": (lambda: run(Router(2, num_groups=5)), "num_groups.*E=12.*5"),
     "too few in the groups": (

@@ -175,13 +175,6 @@ REFUSED = {
         lambda: SharedExpert(UP, UP, DOWN, torch.zeros(H)), "token_gate_1H.*2 axes.*40"
     ),
     "empty": (lambda: SharedExpert(UP[:0], UP[:0], DOWN[:, :0]), r"up_JH.*empty.*\(0, 40\)"),
-    "wants grad": (
-        lambda: moe_routed(
-            torch.ones(2, H), torch.zeros(2, 1).int(), torch.ones(2, 1),
-            attach(SharedExpert(UP, UP, DOWN, torch.zeros(1, H, requires_grad=True))),
-        ),
-        "token_gate_1H must not require grad",
-    ),
 }  # fmt: skip
 
 

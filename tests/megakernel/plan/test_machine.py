@@ -3,61 +3,17 @@
 from random import Random
 
 import pytest
-import torch
 from _pytest.mark import ParameterSet
-from torch import Tensor
 
-from megakernel.launch.call import Call, make_spec
-from megakernel.launch.run import kernel_arguments, launch
-from megakernel.launch.workspace import workspace_for
-from megakernel.plan.buffers import flatten
+from megakernel.launch.call import make_spec
 from megakernel.plan.forward import SEGMENTS
-from megakernel.plan.machine import Machine
-from megakernel.plan.machine_memory import UNWRITTEN
-from megakernel.plan.schedule import Schedule, count_row_tiles
+from megakernel.plan.schedule import Schedule
 from tests.helpers.cases import SHAPES, Case, name_of
-from tests.helpers.compare import assert_same_bits, relative_error
+from tests.helpers.compare import assert_same_bits
 from tests.helpers.dialects import DIALECTS, Dialect, make_dialect
 from tests.helpers.inputs import make_inputs
+from tests.helpers.plan.machines import assert_same_buffers, machine_of
 from tests.helpers.specs import live_call
-
-# The most that the kernel, which sums in float32, may be off the machine, which sums in float64,
-# in units of the buffer's rounding step: in the root mean square of a buffer, and in the greatest.
-# Logits of 20 cost most: their rounding is as much in the exponent of a weight.
-MOST_STEPS, MOST_STEPS_OF_ONE = 4.0, 8.0
-
-
-def machine_of(call: Call) -> Machine:
-    """Return the machine for a call, told what the kernel is told."""
-    spec, num_tokens = make_spec(call), len(call.tokens)
-    given = None if spec.makes_rows else call.num_tiles
-    num_tiles = count_row_tiles(spec, num_tokens, given)
-    return Machine(call.buffers, spec, num_tokens, num_tiles, call.capacity, call.seed)
-
-
-def kernel_buffers(call: Call, names: set[str]) -> dict[str, Tensor]:
-    """Launch, and return what lies in the named tensors, which were filled as the machine's."""
-    workspace = workspace_for(call.tokens.device)
-    tensors = flatten(kernel_arguments(call, make_spec(call), workspace)[0])
-    for name in names:
-        tensors[name].fill_(torch.nan if tensors[name].is_floating_point() else UNWRITTEN)
-    launch(call)
-    return {name: tensors[name] for name in names}
-
-
-def assert_close(name: str, *, actual: Tensor, expected: Tensor, written: Tensor) -> None:
-    """Fail unless the kernel wrote the same cells, and numbers within MOST_STEPS roundings."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
-    assert torch.equal(~actual.isnan(), written), f"{name}: other cells are written"
-    step = torch.finfo(actual.dtype).eps
-    actual, expected = actual[written].double(), expected[written].double()
-    if expected.count_nonzero():
-        assert relative_error(actual=actual, expected=expected) <= MOST_STEPS * step, name
-        greatest_error = float((actual - expected).abs().max() / expected.abs().max())
-        assert greatest_error <= MOST_STEPS_OF_ONE * step, name
-    else:
-        assert torch.equal(actual, expected), name
-
 
 # In `make test` one dialect of each sort; `make test-all` runs every one.
 SAMPLE = {
@@ -81,19 +37,6 @@ def test_the_sample_is_of_dialects() -> None:
 def test_every_list_has_a_dialect() -> None:
     assert {(one.stages, one.route) for one in DIALECTS} == SEGMENTS.keys()
     assert all(one.reason for one in DIALECTS)
-
-
-def assert_same_buffers(call: Call) -> None:
-    """Fail unless machine and kernel leave the same in every buffer that they write."""
-    machine = machine_of(call)
-    machine.run()
-    memory = machine.memory
-    for name, found in kernel_buffers(call, set(memory.writer)).items():
-        expected, written = memory.values[name], memory.written(name)
-        if found.is_floating_point():
-            assert_close(name, actual=found, expected=expected, written=written)
-        else:
-            assert_same_bits(actual=found, expected=expected)
 
 
 @pytest.mark.parametrize("dialect", sampled(DIALECTS))

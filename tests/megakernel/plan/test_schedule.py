@@ -1,28 +1,17 @@
 """The task list: topological, complete, and the same in Python and in the kernel."""
 
 from collections import Counter
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
-import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.plan.forward import SEGMENTS
-from megakernel.plan.order import (
-    count_tasks,
-    first_table_task,
-    plain,
-    signal_of,
-    sizes_of,
-    table_wait_of,
-    task_of,
-    wait_of,
-)
+from megakernel.plan.order import plain
 from megakernel.plan.schedule import Schedule, Task, bound_tiles
 from megakernel.plan.spec import KernelSpec
+from tests.helpers.plan.orders import assert_kernel_has_order
 from tests.helpers.specs import PLAIN_SPEC
 
 
@@ -203,54 +192,10 @@ def test_any_number_of_workers_finishes_in_any_interleaving(schedule, num_worker
     assert finished == schedule.num_tasks
 
 
-WORDS = 8  # kind, tile, block, two waits, signal
-
-
-@triton.jit
-def list_kernel(ids, num_ids, out, num_tokens, num_tiles, WORDS: tl.constexpr, C: tl.constexpr):
-    """Write the length of the list, where the row tables come in, and what some task ids are."""
-    size = sizes_of(num_tokens, num_tiles, 0, 0, True, C)
-    tl.store(out, count_tasks(size, C))
-    if C.makes_rows:
-        counter, least = table_wait_of(size, C)
-        tl.store(out + 1, first_table_task(size, C))
-        tl.store(out + 2, counter)
-        tl.store(out + 3, least)
-    for n in range(0, num_ids):
-        place = out + (n + 1) * WORDS
-        kind, tile, block = task_of(tl.load(ids + n), size, C)
-        tl.store(place, kind)
-        tl.store(place + 1, tile)
-        tl.store(place + 2, block)
-        for number in tl.static_range(2):
-            counter, least = wait_of(number, kind, tile, block, size, C)
-            tl.store(place + 3 + 2 * number, counter)
-            tl.store(place + 4 + 2 * number, least)
-        tl.store(place + 7, signal_of(kind, tile, block, C))
-
-
 @settings(max_examples=25)
 @given(schedules(), st.integers(0, 15))
 def test_the_kernel_has_the_order_that_python_has(schedule, first):
-    spec = schedule.spec
-    ids = range(first, schedule.num_tasks, max(1, schedule.num_tasks // 8))
-    out = torch.zeros(1 + len(ids), WORDS, dtype=torch.int32)
-    ids_tensor = torch.tensor([*ids, -1], dtype=torch.int32)
-    sizes = schedule.num_tokens, schedule.num_tiles
-    list_kernel[(1,)](ids_tensor, len(ids), out, *sizes, WORDS=WORDS, C=spec)
-    (num_tasks, first_table, *table_wait), *rows = out.tolist()
-    assert num_tasks == schedule.num_tasks
-    if spec.makes_rows:
-        assert first_table == schedule.first_table_task
-    for task_id, (*task, counter, least, late_counter, late_least, signal) in zip(
-        ids, rows, strict=True
-    ):
-        assert task == [*astuple(schedule.task(task_id))]
-        asked = [(counter, least), (late_counter, late_least)]
-        if spec.makes_rows and task_id >= first_table:
-            asked.insert(0, tuple(table_wait[:2]))
-        assert [wait for wait in asked if wait[1] > 0] == schedule.waits(task_id)
-        assert (signal if signal >= 0 else None) == schedule.signal(schedule.task(task_id))
+    assert_kernel_has_order(schedule, first)
 
 
 def test_combine_of_a_group_is_spread_over_the_second_half_of_the_next_groups_ffn2():

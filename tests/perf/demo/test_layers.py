@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import reference
-from perf.demo.layers import MegakernelLayer, ReferenceLayer, WatchedLayer, watch
+from perf.demo.layers import MegakernelLayer, ReferenceLayer, TrainedLayer, WatchedLayer, watch
 from perf.demo.model import MoEWeights
 
 TOP_K = 2
@@ -43,3 +43,23 @@ def test_megakernel_layer_is_one_launch_of_the_same_layer(case, forced):
     assert torch.equal(ids_TK.long(), wanted_TK)
     torch.testing.assert_close(y_TH, wanted_TH, rtol=1e-5, atol=1e-5)
     assert watched.launches == 1
+
+
+def test_a_trained_layer_counts_both_ways_and_has_the_gradients_of_the_layer(case):
+    x_TH, weights = case
+    inputs = [tensor.requires_grad_() for tensor in (x_TH, *weights)]
+    counter = TrainedLayer(MegakernelLayer(TOP_K, 6))
+    y_TH, ids_TK = counter(x_TH, weights)
+    assert not ids_TK.requires_grad
+    found = torch.autograd.grad(y_TH.square().sum(), inputs)
+    assert (counter.forward, counter.backward) == (["moe_kernel"], ["backward_kernel"])
+    plain_TH, _ = counter.layer(x_TH, weights)
+    wanted = torch.autograd.grad(plain_TH.square().sum(), inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_a_reference_layer_trains_without_a_launch(case):
+    x_TH, weights = case
+    counter = TrainedLayer(ReferenceLayer(TOP_K))
+    counter(x_TH.requires_grad_(), weights)[0].sum().backward()
+    assert x_TH.grad is not None and counter.forward == counter.backward == []

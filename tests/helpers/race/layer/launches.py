@@ -17,6 +17,9 @@ from megakernel import (
     moe_routed,
     prepare_replay,
 )
+from megakernel.launch.call import Call
+from megakernel.plan.buffers import Buffers
+from tests.helpers.race.layer.backwards import call_backward, run_forward
 from tests.helpers.race.layer.parts import call_part
 
 # Small enough to be quick, large enough that every counter is awaited for more than one signal:
@@ -35,7 +38,7 @@ class Launch:
     """One launch: a routing, a layer, a cut.
 
     ``route`` is "live", "given" or "replay"; ``split`` is "one", "even" or "slot"; ``stages`` is
-    "layer", "rows" or "combine".
+    "layer", "rows", "combine" or "backward", of a layer whose forward is not watched.
     """
 
     name: str
@@ -44,18 +47,27 @@ class Launch:
     split: str = "one"
     stages: str = "layer"
     tokens: int = T
+    num_experts: int = E
     widths: tuple[int, int] = (H, I)
     dtype: torch.dtype = torch.float32
     shared_width: int = 0
     biased: bool = False
     router: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    save: str = "preactivations"
+    asks: tuple[
+        str, ...
+    ] = ()  # what has a gradient, by dotted name; all that can have one if none
+    is_added: bool = False  # whether gradients of expert weights are added to what is there
     absent: int = 0  # choices of the first tokens that are -1, where ids are given
     sampled: bool = False  # whether ``make test`` watches it
+    kept: list[Buffers] = field(default_factory=list, init=False)  # what a backward works from
 
     def call(self, num_workers: int = 1) -> Any:
         """Make the launch, and return its outputs."""
         config = replace(CONFIG, num_workers=num_workers, **self.config)
+        if self.stages == "backward":
+            return call_backward(self, config)
         if self.stages != "layer":
             return call_part(self, config)
         layer, placement = self.layer, self.placement
@@ -66,7 +78,7 @@ class Launch:
             )
         replay = None
         if self.route == "replay":
-            replay = prepare_replay(self.ids_TK, E, placement, config)
+            replay = prepare_replay(self.ids_TK, self.num_experts, placement, config)
         return moe(
             layer.x_TH, layer.router_EH, layer.experts, layer.router, replay=replay,
             placement=placement, config=config,
@@ -77,12 +89,23 @@ class Launch:
         """The tensors, the same at every call."""
         return make_layer(self)
 
+    def kept_of(self, forward: Call) -> Buffers:
+        """Return what a forward leaves for its backward, the same at every call."""
+        if not self.kept:
+            self.kept.append(run_forward(forward))
+        return self.kept[0]
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The experts of the routing."""
+        return USED if self.num_experts == E else (0, 1, self.num_experts - 1)
+
     @cached_property
     def ids_TK(self) -> Tensor:
         """The ids where they are given."""
         token = torch.arange(self.tokens)
         ids_TK = torch.stack([token % 2, token % 2 + 1], 1)
-        ids_TK = torch.tensor(USED)[ids_TK]
+        ids_TK = torch.tensor(self.used)[ids_TK]
         ids_TK.view(-1)[: self.absent] = -1
         return ids_TK.int()
 
@@ -110,25 +133,29 @@ class Layer:
 def make_layer(launch: Launch) -> Layer:
     """Draw a layer whose router prefers the used experts."""
     generator = torch.Generator().manual_seed(3)
-    hidden, intermediate = launch.widths
+    (hidden, intermediate), num_experts = launch.widths, launch.num_experts
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(launch.dtype)
 
     x_TH = draw(launch.tokens, hidden)
-    router_EH = draw(E, hidden)
+    router_EH = draw(num_experts, hidden)
     if launch.route == "live" and launch.split != "slot":
         x_TH[:, 0] = 1.0
-        router_EH[list(USED), 0] += 10.0
+        router_EH[list(launch.used), 0] += 10.0
     shared = None
     if launch.shared_width:
         up_JH, down_HJ = draw(launch.shared_width, hidden), draw(hidden, launch.shared_width)
         shared = SharedExpert(draw(launch.shared_width, hidden), up_JH, down_HJ, draw(1, hidden))
-    biases = (draw(E, 2 * intermediate), draw(E, hidden)) if launch.biased else (None, None)
-    weights = draw(E, 2 * intermediate, hidden), draw(E, hidden, intermediate)
+    biases = (
+        (draw(num_experts, 2 * intermediate), draw(num_experts, hidden))
+        if launch.biased
+        else (None, None)
+    )
+    weights = draw(num_experts, 2 * intermediate, hidden), draw(num_experts, hidden, intermediate)
     router = dict(launch.router)
     if launch.biased:
-        router |= {"bias_E": draw(E), "correction_bias_E": draw(E)}
+        router |= {"bias_E": draw(num_experts), "correction_bias_E": draw(num_experts)}
     return Layer(x_TH, router_EH, Experts(*weights, *biases, shared=shared), Router(K, **router))
 
 
@@ -172,3 +199,38 @@ LAUNCHES = [
     Launch("timed", "a launch that writes times", config={"record_times": True}),
     Launch("timed-replay", "a replay that writes times", "replay", config={"record_times": True}),
 ]  # fmt: skip
+
+# Two token tiles, few experts of which one is empty, two blocks of each width.
+BACK: dict[str, Any] = {
+    "stages": "backward",
+    "tokens": 20,
+    "num_experts": 4,
+    "widths": (32, 32),
+}
+BACKWARDS = [
+    Launch("backward", "rows made, every gradient of a routed layer", **BACK, sampled=True),
+    Launch("backward-replay", "row tables are inputs", "replay", **BACK),
+    Launch("backward-nothing", "FFN1 runs again", "replay", save="nothing", **BACK),
+    Launch("backward-given", "no router: gradients of given weights", "given", absent=5, **BACK),
+    Launch("backward-shared", "a shared expert of two slices, a token gate, FFN1 again",
+           shared_width=40, save="nothing", **BACK),
+    Launch("backward-biased", "biases of experts and router", "replay", biased=True, **BACK),
+    Launch("backward-added", "gradients of expert weights are added", "replay", is_added=True,
+           **BACK),
+    Launch("backward-x", "weights are frozen: no dDown for dx to stand among", "replay",
+           asks=("x_TH",), **BACK),
+    Launch("backward-router", "all but the router is frozen", asks=("router.weight_EH",), **BACK),
+    Launch("backward-weights", "nothing but gradients of expert weights", "replay",
+           asks=("experts.gate_up_E2IH", "experts.down_EHI"), **BACK),
+    Launch("backward-wide", "tasks of several blocks of H", "replay",
+           **BACK | {"widths": (48, 32)}, config={"blocks_per_task": 2}),
+    Launch("backward-dropped", "choices over capacity", router={"capacity": 9}, **BACK),
+    Launch("backward-odd", "masks everywhere", **BACK | {"widths": (37, 19)}),
+    Launch("backward-bfloat16", "elements of two bytes", dtype=torch.bfloat16, **BACK),
+    Launch("backward-one-token", "below every tile", **BACK | {"tokens": 1}),
+    Launch("backward-nobody", "no row tile at all", "replay", absent=2 * T, **BACK),
+    Launch("backward-timed", "a launch that writes times", config={"record_times": True}, **BACK),
+    Launch("backward-many-experts", "two blocks of bins", **BACK | {"num_experts": E},
+           asks=("x_TH", "experts.gate_up_bias_E2I"), biased=True),
+]  # fmt: skip
+LAUNCHES += BACKWARDS

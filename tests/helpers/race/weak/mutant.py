@@ -20,6 +20,7 @@ COMBINE = "megakernel.device.combine"
 UNSURE = "no wait is sure to see its signal"
 EARLY = "its signal comes too early"
 STALLS = "waited for counter"
+UNWRITTEN = "which nobody has written"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The kernel weakened on purpose: each change is one that a GPU may forgive for weeks."""
 
+from tests.helpers.race.weak.backward import BACKWARD
 from tests.helpers.race.weak.mutant import (
     COMBINE,
     DISPATCH,
@@ -8,6 +9,7 @@ from tests.helpers.race.weak.mutant import (
     ORDER,
     QUEUE,
     ROUTE,
+    UNWRITTEN,
     Mutant,
     edited,
 )
@@ -23,7 +25,6 @@ from tests.helpers.race.weak.order import (
 )
 
 UNORDERED = "no barrier lies between"
-UNWRITTEN = "which nobody has written"
 NO_BARRIER = ("    tl.debug_barrier()", "    pass")
 
 ACCESSES = [
@@ -83,7 +84,7 @@ ENDS = [
     edited("the counters are not reset", "is not zero at the end", LEAVE, RESET,
            RESET.replace("num_counters", "0"), sampled=True),
     edited("the last counter is not reset", "is not zero at the end", f"{ORDER}.count_counters",
-           "+ size.num_tiles", "+ size.num_tiles - 1"),
+           "* size.num_tiles", "* size.num_tiles - 1"),
     edited("the first worker to leave resets", UNORDERED_EXIT, LEAVE, "== num_workers - 1",
            "== 0"),
     edited("workers leave without order", UNORDERED_EXIT, LEAVE, 'sem="acq_rel"',
@@ -95,12 +96,12 @@ ENDS = [
     edited("workers leave without a barrier", "no barrier lies before its signal", LEAVE,
            "    tl.debug_barrier()\n", ""),
 ]  # fmt: skip
-MUTANTS: list[Mutant] = [*ORDERED, *WAITS, *SIGNALS, *ACCESSES, *ENDS]
+MUTANTS: list[Mutant] = [*ORDERED, *WAITS, *SIGNALS, *ACCESSES, *ENDS, *BACKWARD]
 
 # Other ways to do it right, which the check must not refuse: no mutants, so nothing is found.
 HARMLESS = [
     Mutant("tasks signal twice, and are awaited twice", "", (
-        (SIGNAL_TASK, *twice("        signal(b.control, counter, C)\n")),
+        (SIGNAL_TASK, *twice("            signal(b.control, counter, C)\n")),
         (WAIT, PLACE, f"{PLACE}    least = 2 * least\n"),
     )),
 ]  # fmt: skip

@@ -141,7 +141,7 @@ SIGNALS = [
     edited("a signal is a load and a store", "counters.*(no wait|changes|signals nothing)", SIGNAL,
            RELEASE, INCREMENT),
     edited("tasks signal twice", UNSURE, SIGNAL_TASK,
-           *twice("        signal(b.control, counter, C)\n")),
+           *twice("            signal(b.control, counter, C)\n")),
     edited("no task signals", STALLS, SIGNAL_TASK, "if counter >= 0:", "if counter < -1:"),
     early("ROUTE"),
     early("PREFIX"),

@@ -1,0 +1,1 @@
+"""Task lists: of specs, of the Python machine, of the kernel; and backward calls of dialects."""
