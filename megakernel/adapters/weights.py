@@ -36,12 +36,7 @@ class InPlace(torch.autograd.Function):
         """Cut the gradient; without one the parameters have none."""
         parameters = ctx.saved_tensors  # raises if one was changed
         parts = [None] * len(parameters) if gradient is None else ctx.split(gradient)
-        asked = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *(part if needed else None for part, needed in zip(parts, asked, strict=True)),
-        )
+        return None, None, *parts
 
 
 def in_place(view: Tensor, split: Split, parameters: Sequence[Tensor]) -> Tensor:

@@ -137,18 +137,17 @@ def test_every_kind_of_hook_runs_and_sees_zero() -> None:
 
 def test_without_a_hook_what_stays_in_grad_is_zero_and_shared_with_nobody() -> None:
     """Else the next gradient that is accumulated there would be wrong."""
-    backend, linears = make_backend("grouped")
-    for parameters in linears:
-        give_main_grad(parameters)
-    train(backend, 0)
-    train(backend, 1)
-    parameters = [parameter for ps in linears for parameter in ps]
-    for parameter in parameters:
-        assert bool((parameter.grad == 0.0).all())
+    layers = [make_backend("grouped") for _ in range(2)]
+    parameters = [p for _, linears in layers for ps in linears for p in ps]
+    for backend, linears in layers:
+        for ps in linears:
+            give_main_grad(ps)
+        train(backend, 0)
     for number, parameter in enumerate(parameters):
-        parameter.grad.fill_(number)
+        assert bool((parameter.grad == 0.0).all()), number
+        parameter.grad.fill_(number + 1.0)
     for number, parameter in enumerate(parameters):
-        assert bool((parameter.grad == number).all())
+        assert bool((parameter.grad == number + 1.0).all())
 
 
 def test_a_graph_of_an_earlier_micro_batch_sees_the_flags_of_the_moment_it_goes_back() -> None:

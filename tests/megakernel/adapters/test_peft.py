@@ -197,12 +197,15 @@ def test_lora_on_attention(swap_first: bool) -> None:
 
 
 class Wrapper(nn.Module):
-    """Stands around a module, as peft's do around linear layers and whole modules."""
+    """Stands around a module and hands on its attributes, as some of peft's do."""
 
     def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.weight = base_layer.weight
+
+    def __getattr__(self, name: str) -> Any:
+        inside = self._modules["base_layer"]
+        return inside if name == "base_layer" else getattr(inside, name)
 
 
 @pytest.mark.parametrize("swap_first", [True, False], ids=["swapped first", "adapted first"])

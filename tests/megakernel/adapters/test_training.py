@@ -8,9 +8,11 @@ from torch.nn.functional import linear
 import megakernel.launch.op
 from megakernel import Placement
 from megakernel.adapters.transformers import record_routing, replay_routing, use_megakernel
+from megakernel.launch.call import Call
 from tests.helpers.compare import assert_same_bits
 from tests.megakernel.adapters.tiny import (
     DEEPSEEK_V3,
+    FEW,
     FUSED,
     GLM4,
     GPT_OSS,
@@ -24,8 +26,8 @@ from tests.megakernel.adapters.tiny import (
 )
 from tests.megakernel.adapters.training import (
     Gradients,
-    check,
-    check_against_eager,
+    assert_as_exact,
+    assert_as_exact_as_eager,
     eager_step,
     make_deep,
     make_small,
@@ -48,7 +50,7 @@ def test_gradients_of_a_fused_model(family: Family) -> None:
     """Also of the router, which the loss that balances experts trains through its logits."""
     model = use_megakernel(make_small(family))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    check_against_eager(step(model, **options_of(family)), family, is_deep=False)
+    assert_as_exact_as_eager(step(model, **options_of(family)), family, is_deep=False)
     for name, buffer in model.named_buffers():  # the correction bias among them
         assert not buffer.requires_grad
         assert_same_bits(actual=buffer, expected=buffers[name])
@@ -57,7 +59,7 @@ def test_gradients_of_a_fused_model(family: Family) -> None:
 @each([MIXTRAL, GPT_OSS])
 def test_gradients_through_the_experts_implementation(family: Family) -> None:
     model = use_megakernel(make_small(family), fuse_gate=False)
-    check_against_eager(step(model, **options_of(family)), family, is_deep=False)
+    assert_as_exact_as_eager(step(model, **options_of(family)), family, is_deep=False)
 
 
 @pytest.mark.slow
@@ -65,7 +67,7 @@ def test_gradients_through_the_experts_implementation(family: Family) -> None:
 @each(FUSED)
 def test_gradients_of_more_layers(family: Family, fuse_gate: bool) -> None:
     model = use_megakernel(make_deep(family), fuse_gate)
-    check_against_eager(step(model, **options_of(family)), family, is_deep=True)
+    assert_as_exact_as_eager(step(model, **options_of(family)), family, is_deep=True)
 
 
 @each([OLMOE])
@@ -85,29 +87,20 @@ def test_bf16_gradients(family: Family) -> None:
         expected, truth = (step(model, **options_of(family)) for model in (low, full))
     assert torch.equal(*(r.ids_TLK.sort(-1).values for r in (low_record, full_record)))
     model = use_megakernel(make_small(family, torch.bfloat16))
-    check(step(model, **options_of(family)), expected, truth)
+    assert_as_exact(step(model, **options_of(family)), expected, truth)
 
 
-@each([QWEN3])
-def test_a_layer_is_one_launch_forward_and_one_backward(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fuse_gate", [True, False], ids=["fused", "experts"])
+@pytest.mark.parametrize("save", ["preactivations", "nothing"])
+def test_a_layer_is_one_launch_forward_and_one_backward_from_what_was_asked_to_be_kept(
+    save: str, fuse_gate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = launches_of(monkeypatch)
-    step(use_megakernel(make_small(family)))
-    assert stages == ["layer", "backward"]
-
-
-def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note the stages of each launch to come."""
-    stages: list[str] = []
+    calls: list[Call] = []
     launch = megakernel.launch.op.launch
-
-    def watched(call) -> None:
-        stages.append(call.rule.stages)
-        launch(call)
-
-    monkeypatch.setattr("megakernel.launch.op.launch", watched)
-    return stages
+    monkeypatch.setattr("megakernel.launch.op.launch", lambda c: (calls.append(c), launch(c)))
+    step(use_megakernel(make_small(FEW), fuse_gate, save=save))
+    assert [call.rule.stages for call in calls] == ["layer", "backward"]
+    assert [call.buffers.saved.z_A2I is None for call in calls] == [save == "nothing"] * 2
 
 
 @pytest.mark.slow
@@ -159,7 +152,7 @@ def test_under_replay_gradients_flow_through_the_weights_of_the_forced_experts()
     low, truth = (step(force(make_small(QWEN3).to(d))) for d in (torch.float32, torch.float64))
     model = use_megakernel(make_small(QWEN3))
     with replay_routing(model, ids_TK[:, None]):
-        check(step(model), low, truth)
+        assert_as_exact(step(model), low, truth)
 
 
 def forced_router(

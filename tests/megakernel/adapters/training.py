@@ -58,15 +58,15 @@ def eager_step(family: Family, is_deep: bool, dtype: torch.dtype) -> Gradients:
     return step(model.to(dtype), **options_of(family))
 
 
-def check_against_eager(
+def assert_as_exact_as_eager(
     actual: Gradients, family: Family, is_deep: bool, dtype: torch.dtype = torch.float32
 ) -> None:
     """Hold each parameter's gradient to eager's own error, against float64."""
     low, truth = (eager_step(family, is_deep, kind) for kind in (dtype, torch.float64))
-    check(actual, low, truth)
+    assert_as_exact(actual, low, truth)
 
 
-def check(actual: Gradients, low: Gradients, truth: Gradients) -> None:
+def assert_as_exact(actual: Gradients, low: Gradients, truth: Gradients) -> None:
     """Assert that the same parameters have gradients, each within eager's own error.
 
     Args:
