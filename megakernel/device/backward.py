@@ -62,8 +62,7 @@ def finish_dh(acc, z, z_row, weight, inside, tile, first, b, W: tl.constexpr, C:
             a_start = b.scratch.a_CI + tile_start * C.intermediate
             store_rows(a_start, row, every, column, C.intermediate, a, "")
         if b.scratch.dz_C2I is not None:
-            da = weight[:, None] * acc
-            dz_start = b.scratch.dz_C2I + tile_start * C.z_width
+            da, dz_start = weight[:, None] * acc, b.scratch.dz_C2I + tile_start * C.z_width
             store_halves(dz_start, row, every, first, da * by_gate, da * by_up, W, C)
     return part
 
