@@ -75,7 +75,7 @@ def test_it_is_off_by_two_to_the_minus_12_of_what_it_multiplies(activation, scal
     gated_kernel[(1,)](gate, up, out, N=N, C=spec)
     assert tanh_approx == ["tanh.approx.f32 $0, $1;"]
     wide = gate.double(), up.double()
-    error = (out - activated(*wide, spec.expert)).abs()
+    error = (out - activated([*wide], spec.expert)).abs()
     bound = factor_of(*wide, spec.expert).abs() * (2.0**-12 + 2.0**-21)
     assert (error <= bound + 1e-30).all()
     if scale >= 1:  # nearer to zero tanh is too small to be far off
@@ -91,12 +91,12 @@ def test_h_is_nearer_to_the_truth_than_eager_pytorch_has_it(activation, scale, t
     """
     spec, (gate, up), out = spec_of(activation), draw(scale), torch.empty(N)
     gated_kernel[(1,)](gate, up, out, N=N, C=spec)
-    truth = activated(gate.double(), up.double(), spec.expert)
+    truth = activated([gate.double(), up.double()], spec.expert)
 
     def rms(values: Tensor) -> float:
         return float((values.double() - truth).square().mean().sqrt())
 
-    eager = activated(gate.bfloat16(), up.bfloat16(), spec.expert)
+    eager = activated([gate.bfloat16(), up.bfloat16()], spec.expert)
     assert rms(out.bfloat16()) <= 0.7 * rms(eager)
     assert rms(out.bfloat16()) <= 1.1 * rms(truth.bfloat16())  # adds little to the one rounding
 
