@@ -41,9 +41,9 @@ class KernelConfig:
         combine_tokens: tokens per combine task.
         column_groups: parts of H whose combine runs under the GEMMs of the next part.
         tile_group: row tiles that share a weight block while it is in L2.
-        blocks_per_task: column blocks that an FFN1 or FFN2 task takes one after the other, so that
-            the next one's first loads run under the stores of the one before; one beside a shared
-            expert.
+        blocks_per_task: column blocks that an FFN1 or FFN2 task takes one after the other, which
+            saves claims and waits; one beside a shared expert. In a backward, those of a dX task
+            and of a gradient of a weight.
         least_tasks: a task takes one block where FFN1, or FFN2 of a column group, would be left
             with fewer tasks, and in FFN2's last group: idle workers would cost more.
         look_ahead: whether a worker claims its next task before it signals the one it has done,
