@@ -225,7 +225,7 @@ def test_torch_compile_refuses_main_grad_whose_flag_it_would_take_for_a_constant
         torch.compile(layer, fullgraph=True, backend="eager")(inputs.x_TH)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointing_runs_the_forward_again_with_the_same_bits(use_reentrant: bool, baseline):
     _, problem, _ = baseline
     dy_TH = problem.incoming.y_TH

@@ -269,6 +269,7 @@ def test_no_signal_of_any_kind_of_task_can_be_left_out(
         machine_of(call).run(4, Random(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", SAVES)
 def test_any_number_of_workers_in_any_order_leaves_the_same_buffers(save: str) -> None:
     call = make_backward(small(EVERYTHING), save).call

@@ -53,6 +53,7 @@ def failing_compile(case: CompileCase) -> Compilation:
     raise ValueError("too many words")
 
 
+@pytest.mark.slow
 def test_reports_keep_the_order_of_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", fake_compile)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -64,6 +65,7 @@ def test_reports_keep_the_order_of_the_cases(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["TRITON_INTERPRET"] == "1", "left as it was"
 
 
+@pytest.mark.slow
 def test_equal_specs_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", fake_compile)
     monkeypatch.setitem(KINDS, "other", KINDS["plain"])

@@ -108,6 +108,7 @@ def test_broken(device):
 """
 
 
+@pytest.mark.slow
 def test_a_new_test_brings_its_kernels_and_one_that_breaks_is_named(
     record: Callable[..., Recorded], tmp_path: Path
 ) -> None:

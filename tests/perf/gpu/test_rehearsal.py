@@ -46,6 +46,7 @@ def part(*names: str, verb: str = "first") -> Plan:
     return replace(plan, steps=tuple(step for step in plan.steps if step.name in names))
 
 
+@pytest.mark.slow
 def test_the_first_rungs(tmp_path: Path) -> None:
     seen = rehearse(tmp_path, part("machine", "smallest", "rows16-T64"))
     assert seen.status == 0 and seen.verdict[0].startswith("PASSED first: 3 steps")

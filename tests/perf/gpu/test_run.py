@@ -105,6 +105,7 @@ def test_no_step_starts_without_time(run) -> None:
     assert verdict[0].startswith("INCOMPLETE first: 1 steps") and verdict[1] == "skipped: b"
 
 
+@pytest.mark.slow
 def test_time_is_up_for_a_step_in_the_middle(run) -> None:
     start = time.monotonic()
     status, verdict, _ = run(step("a", "hangs_deaf", limit_s=300), step("b"), seconds=9.0)
@@ -112,6 +113,7 @@ def test_time_is_up_for_a_step_in_the_middle(run) -> None:
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.slow
 def test_the_alarm_ends_a_supervisor_that_waits_too_long(run, monkeypatch) -> None:
     monkeypatch.setattr(running, "CLOSING_S", -60.0)  # its own count of time is wrong
     status, verdict, _ = run(step("a", "hangs_deaf", limit_s=300), seconds=5.0)
@@ -119,6 +121,7 @@ def test_the_alarm_ends_a_supervisor_that_waits_too_long(run, monkeypatch) -> No
     assert verdict[2].startswith("hung a: stopped: time is up: begun")
 
 
+@pytest.mark.slow
 def test_being_told_to_end_leaves_the_files(run) -> None:
     teller = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
     teller.start()

@@ -69,6 +69,7 @@ def test_pytest_is_told_what_was_agreed(monkeypatch: pytest.MonkeyPatch) -> None
     assert {"--timeout=35", "--timeout-method=thread"} <= set(command(rehearse=False))
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_not_selected() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", *command(rehearse=False)],

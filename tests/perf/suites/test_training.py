@@ -41,7 +41,11 @@ def test_a_suite_times_everyone_who_is_here_and_trains(suite):
     assert any("needs a GPU" in note for note in bench.notes)
 
 
-@pytest.fixture(scope="module", params=[training.backward, training.train], ids=["back", "train"])
+@pytest.fixture(
+    scope="module",
+    params=[training.backward, pytest.param(training.train, marks=pytest.mark.slow)],
+    ids=["back", "train"],
+)
 def timed(request):
     """A suite and what it found of two of ours and one that is always here."""
     bench = rehearsal()
