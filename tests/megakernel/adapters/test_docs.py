@@ -11,7 +11,15 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUNNABLE = [page for page in PAGES if list(blocks("python", page.read_text()))]
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
+QUICK = {"training", "planner"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem in QUICK else pytest.param(page, marks=pytest.mark.slow)
+     for page in RUNNABLE],
+    ids=lambda page: page.stem,
+)  # fmt: skip
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path) -> None:
     done = run_python(list(blocks("python", page.read_text())), tmp_path)
     assert done.returncode == 0, done.stderr

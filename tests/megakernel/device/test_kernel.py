@@ -109,7 +109,9 @@ def test_bits_do_not_depend_on_how_the_same_sums_are_dealt_to_tasks(case, change
     assert_same_bits(actual=actual.y_TH, expected=expected.y_TH)
 
 
-@pytest.mark.parametrize("case", [PRIME, BFLOAT16], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [pytest.param(PRIME, marks=pytest.mark.slow), BFLOAT16], ids=name_of
+)
 def test_bits_do_not_depend_on_placement_split_or_replay(case):
     inputs = make_inputs(case)
     live = run(inputs)

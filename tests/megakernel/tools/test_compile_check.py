@@ -181,6 +181,7 @@ def compile_through_the_stage(case: CompileCase) -> Compilation:
     return compiled
 
 
+@pytest.mark.slow
 def test_fences_are_added_by_any_tritons_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", compile_through_the_stage)
     (report,) = check([ROWS])

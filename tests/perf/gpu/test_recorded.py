@@ -120,6 +120,7 @@ def test_a_new_test_brings_its_kernels_and_one_that_breaks_is_named(
     assert groups == ["4", "2", "1"]
 
 
+@pytest.mark.slow
 def test_every_rung_of_the_ladder_was_heard_to_its_end(
     record: Callable[..., Recorded],
 ) -> None:

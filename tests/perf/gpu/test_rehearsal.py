@@ -56,6 +56,7 @@ def test_the_first_rungs(tmp_path: Path) -> None:
     assert {"first.log", "first.verdict.txt", "run/steps/smallest/log"} <= seen.packed
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed_and_nothing_follows(tmp_path: Path) -> None:
     plan = part("machine", "smallest")
     short = tuple(replace(step, limit_s=5.0) for step in plan.steps)
