@@ -84,6 +84,21 @@ def test_bits_do_not_depend_on_the_plan_in_other_dialects(name: str, plan: str):
         assert_same_bits(actual=trained.gradients[tensor], expected=gradient)
 
 
+def test_a_tokens_own_gradients_do_not_depend_on_the_other_tokens():
+    dialect = DIALECT["given"]
+    problem = make_problem(dialect)
+    few = replace(
+        problem,
+        inputs=replace(problem.inputs, x_TH=problem.inputs.x_TH[5:22].contiguous()),
+        expert_of_TK=problem.expert_of_TK[5:22].contiguous(),
+        given_TK=problem.given_TK[5:22].contiguous(),
+        incoming=Incoming(problem.incoming.y_TH[5:22].contiguous()),
+    )
+    every, own = train(problem, dialect).gradients, train(few, dialect).gradients
+    for name in ("x_TH", "routing.gate_TK"):
+        assert_same_bits(actual=own[name], expected=every[name][5:22])
+
+
 def small_integers(generator: torch.Generator, most: int):
     """Return a function that draws float32 integers between -most and most."""
 
