@@ -93,9 +93,23 @@ def run_for_gradients(
 
 def differentiable_of(call: Call) -> dict[str, Tensor]:
     """Return the inputs that can have a gradient, by dotted name."""
-    tensors = flatten(call.buffers)
-    made = () if call.rule.route == "given" else ("routing.gate_TK",)
-    return {n: tensors[n] for n in DIFFERENTIABLE if n in tensors and n not in made}
+    b, is_given = call.buffers, call.rule.route == "given"
+    # Asked in every call: without a walk through the whole record.
+    found = {
+        "x_TH": b.x_TH,
+        "router.weight_EH": b.router.weight_EH,
+        "router.bias_E": b.router.bias_E,
+        "experts.gate_up_E2IH": b.experts.gate_up_E2IH,
+        "experts.down_EHI": b.experts.down_EHI,
+        "experts.gate_up_bias_E2I": b.experts.gate_up_bias_E2I,
+        "experts.down_bias_EH": b.experts.down_bias_EH,
+        "routing.gate_TK": b.routing.gate_TK if is_given else None,
+        "shared.gate_JH": b.shared.gate_JH,
+        "shared.up_JH": b.shared.up_JH,
+        "shared.down_HJ": b.shared.down_HJ,
+        "shared.token_gate_1H": b.shared.token_gate_1H,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def results_of(call: Call) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from megakernel import (
     moe,
     moe_routed,
 )
-from megakernel.autograd import DIFFERENTIABLE, Layer, backward_call, kept_of
+from megakernel.autograd import DIFFERENTIABLE, backward_call, differentiable_of, kept_of
 from megakernel.device.kernel import moe_kernel
 from megakernel.launch.call import make_spec
 from megakernel.launch.workspace import workspace_for
@@ -370,9 +370,11 @@ def test_nothing_but_the_launches_touches_memory(baseline, monkeypatch):
     assert set(done) <= NOTHING, set(done) - NOTHING
 
 
-def test_every_name_has_a_place():
-    """Names of the record and of the gradients agree."""
-    call = make_dialect(DIALECT["shared-live"])
-    names = set(flatten(call.buffers)) & set(DIFFERENTIABLE)
-    assert {"x_TH", "router.weight_EH", "shared.token_gate_1H"} < names
-    assert issubclass(Layer, torch.autograd.Function)
+@pytest.mark.parametrize("name", ["shared-live", "shared-given", "gpt-oss", "over-all"])
+def test_what_can_have_a_gradient_is_found_by_the_names_of_the_record(name: str):
+    call = make_dialect(DIALECT[name])
+    tensors = flatten(call.buffers)
+    made = set() if DIALECT[name].route == "given" else {"routing.gate_TK"}
+    found = differentiable_of(call)
+    assert set(found) == set(tensors) & set(DIFFERENTIABLE) - made
+    assert all(tensor is tensors[name] for name, tensor in found.items())
