@@ -21,8 +21,8 @@ from tests.helpers.training import (
 )
 
 QUICK = {
-    "live", "given-absent", "replay-even", "live-slot", "gpt-oss", "deepseek", "capacity",
-    "over-all-replay", "shared-live", "nemotron", "float16", "router-fp32",
+    "given-absent", "replay-even", "live-slot", "gpt-oss", "deepseek", "capacity",
+    "over-all-replay", "shared-live", "nemotron", "router-fp32",
 }  # fmt: skip
 DIALECT = {dialect.name: dialect for dialect in LAYERS}
 

@@ -68,6 +68,7 @@ def test_bound_holds_and_quotas_add_up(seed, spares, skew):
     assert (plan.rank_load_BLR().sum(2) == load_BLE.sum(2)).all()
 
 
+@pytest.mark.slow
 def test_domains_on_eight_nodes_come_near_the_bound():
     config = SyntheticConfig(
         num_layers=1, num_micro_batches=12, tokens_per_micro_batch=65536, order="domain"

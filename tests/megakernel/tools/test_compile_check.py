@@ -84,6 +84,7 @@ def test_equal_specs_of_one_kind_compile_once(monkeypatch: pytest.MonkeyPatch) -
     assert done[0].startswith("1/3  rows128 for OLMoE, live")
 
 
+@pytest.mark.slow
 def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "compile_case", failing_compile)
     message = "rows128 for OLMoE, live, split one does not compile: too many words"

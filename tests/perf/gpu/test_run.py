@@ -99,6 +99,7 @@ def test_a_step_that_stops_the_run_does_not_wait_for_those_beside_it(run) -> Non
     assert verdict[1:] == ["failed b: 7 of 9 values differ", "skipped: c, slow"]
 
 
+@pytest.mark.slow
 def test_no_step_starts_without_time(run) -> None:
     status, verdict, _ = run(step("a", "talks", "3"), step("b"), seconds=8.0)
     assert status == 1
