@@ -13,7 +13,7 @@ from megakernel.tools.timeline import read_timeline
 from perf.gpu.child import Context
 from perf.gpu.plans import TIMED
 from perf.gpu.recording import GPU, recording, stand_in_problem
-from perf.measuring.measure import Protocol
+from perf.measuring.measure import Protocol, Timing
 from perf.measuring.roofline import ASSUMED_H200, Roofs
 from perf.problems.cases import SHAPES, TINY, Case
 from perf.problems.providers import Provider, configured_call, grouped_mm
@@ -72,16 +72,27 @@ def time_layer(context: Context, model: str, num_tokens: str) -> dict:
     case, bench = make_case(context, model, num_tokens), make_bench(context)
     providers = (*ours(bounded_config(case, context.device)), Provider("grouped_mm", grouped_mm))
     timing_of = time_providers(bench, "forward", case, providers)
-    record.write(bench.rows, context.folder / f"forward_{case.model.name}_{num_tokens}.csv")
+    return told(context, bench, timing_of, f"forward_{case.model.name}_{num_tokens}")
+
+
+def told(
+    context: Context, bench: Bench, timing_of: dict[tuple[str, str], Timing], name: str
+) -> dict:
+    """Keep what a step measured as ``name``.csv; return its medians and rates, and both in words.
+
+    Raises:
+        AssertionError: if something of ours is wrong, which then has no time.
+    """
+    record.write(bench.rows, context.folder / f"{name}.csv")
     for note in bench.notes:
         context.say(note)
     if bench.failures:
         raise AssertionError("; ".join(bench.failures))
     mode = "graph" if bench.on_gpu else "eager"
-    medians = {name: round(t.median, 1) for (m, name), t in timing_of.items() if m == mode}
+    medians = {who: round(t.median, 1) for (m, who), t in timing_of.items() if m == mode}
     rates = {row.provider: round(row.median) for row in bench.rows
              if row.mode == mode and row.metric == "rate"}  # fmt: skip
-    text = ", ".join(f"{name} {us} us ({rates[name]} TFLOP/s)" for name, us in medians.items())
+    text = ", ".join(f"{who} {us} us ({rates[who]} TFLOP/s)" for who, us in medians.items())
     return {"text": text, "us": medians, "tflops": rates}
 
 

@@ -7,11 +7,10 @@ from megakernel.launch.call import Call
 from perf.gpu.child import Context
 from perf.gpu.plans import TRAINED
 from perf.gpu.recording import GPU, recording, stand_in_problem
-from perf.gpu.timing import bounded_config, make_bench, make_case
+from perf.gpu.timing import bounded_config, make_bench, make_case, told
 from perf.problems.cases import SHAPES, Case
 from perf.problems.providers import Provider, configured_call, grouped_mm
 from perf.problems.training import make_step
-from perf.results import record
 from perf.suites.training import time_steps
 
 
@@ -42,17 +41,7 @@ def time_backward(context: Context, model: str, num_tokens: str) -> dict:
         Provider("grouped_mm", grouped_mm, trains=True),
     )
     timing_of = time_steps(bench, "backward", case, providers)
-    record.write(bench.rows, context.folder / f"backward_{case.model.name}_{num_tokens}.csv")
-    for note in bench.notes:
-        context.say(note)
-    if bench.failures:
-        raise AssertionError("; ".join(bench.failures))
-    mode = "graph" if bench.on_gpu else "eager"
-    medians = {name: round(t.median, 1) for (m, name), t in timing_of.items() if m == mode}
-    rates = {row.provider: round(row.median) for row in bench.rows
-             if row.mode == mode and row.metric == "rate"}  # fmt: skip
-    text = ", ".join(f"{name} {us} us ({rates[name]} TFLOP/s)" for name, us in medians.items())
-    return {"text": text, "us": medians, "tflops": rates}
+    return told(context, bench, timing_of, f"backward_{case.model.name}_{num_tokens}")
 
 
 def calls() -> list[Call]:

@@ -1,7 +1,7 @@
 """Who may be timed: providers that agree with float64 in the same run, and why others may not."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from perf.problems.tuning import quick_autotuning
 
 # A provider's error against float64 may be this many times that of eager PyTorch.
 MOST_TIMES_EAGER_ERROR = 3.0
+Timed = TypeVar("Timed")
 
 
 def true_output(problem: Problem) -> Tensor:
@@ -49,24 +50,23 @@ def why_wrong(y_TH: Tensor, problem: Problem, truth_TH: Tensor, eager_error: flo
     return None if error <= limit else f"wrong output: error {error:.1e} is over {limit:.1e}"
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple, Generic[Timed]):
     """Providers that are checked and may be timed, and why the others are not.
 
     Attributes:
-        calls: of those that agree, by name.
+        calls: what is to be timed of those that agree, by name.
         skipped: reason of each peer that is not here, breaks or is wrong.
         failed: reason of each of ours that is wrong.
     """
 
-    calls: dict[str, Call]
+    calls: dict[str, Timed]
     skipped: dict[str, str]
     failed: dict[str, str]
 
 
 def prepare(
     problem: Problem, providers: Sequence[Provider], say: Callable[[str], object] = lambda text: 0
-) -> Ready:
+) -> Ready[Call]:
     """Prepare, run and check each provider; a peer that breaks is skipped with its error.
 
     Args:
@@ -74,35 +74,54 @@ def prepare(
         providers: whom to prepare.
         say: told the name of each.
     """
-    ready = Ready({}, {}, {})
     truth_TH = true_output(problem)
     eager_error = rms_error(eager(problem)(), truth_TH)
+
+    def check(provider: Provider) -> tuple[Call, str | None]:
+        call = provider.prepare(problem)
+        return call, why_wrong(call(), problem, truth_TH, eager_error)
+
+    return prepare_each(providers, check, problem.x_TH.device, say)
+
+
+def prepare_each(
+    providers: Sequence[Provider],
+    check: Callable[[Provider], tuple[Timed, str | None]],
+    device: torch.device,
+    say: Callable[[str], object],
+) -> Ready[Timed]:
+    """Check each provider; a peer that breaks is skipped with its error, an error of ours raised.
+
+    Args:
+        providers: whom to check.
+        check: makes what is to be timed, runs it, and says why it must not be, or None.
+        device: where.
+        say: told the name of each.
+    """
+    ready: Ready[Timed] = Ready({}, {}, {})
     for provider in providers:
         say(provider.name)
-        if reason := provider.why_missing(problem.x_TH.device):
+        if reason := provider.why_missing(device):
             ready.skipped[provider.name] = reason
             continue
-        answer = _prepare_one(provider, problem, truth_TH, eager_error)
-        if not isinstance(answer, str):
-            ready.calls[provider.name] = answer
-        elif provider.is_ours:
-            ready.failed[provider.name] = answer
+        one, reason = _checked(provider, check, device)
+        if one is not None and reason is None:
+            ready.calls[provider.name] = one
         else:
-            ready.skipped[provider.name] = answer
+            refused = ready.failed if provider.is_ours else ready.skipped
+            refused[provider.name] = str(reason)
     return ready
 
 
-def _prepare_one(
-    provider: Provider, problem: Problem, truth_TH: Tensor, eager_error: float
-) -> Call | str:
-    """Return the checked call, or why it must not be timed; an error of ours is raised."""
+def _checked(
+    provider: Provider,
+    check: Callable[[Provider], tuple[Timed, str | None]],
+    device: torch.device,
+) -> tuple[Timed | None, str | None]:
     try:
-        with quick_autotuning(problem.x_TH.device):
-            call = provider.prepare(problem)
-            y_TH = call()
-        reason = why_wrong(y_TH, problem, truth_TH, eager_error)
+        with quick_autotuning(device):
+            return check(provider)
     except Exception as error:  # whatever other people's packages raise
         if provider.is_ours:
             raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return reason or call
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -15,9 +15,8 @@ from torch import Tensor
 import reference
 from megakernel import MainGrad
 from perf.problems.providers import OURS, Call, Provider, eager, ours_live
-from perf.problems.ready import MOST_TIMES_EAGER_ERROR, rms_error
+from perf.problems.ready import MOST_TIMES_EAGER_ERROR, Ready, prepare_each, rms_error
 from perf.problems.tensors import Problem
-from perf.problems.tuning import quick_autotuning
 
 # Our layer as it may be trained; a given routing has no router to train.
 OURS_TRAINING = (
@@ -172,69 +171,27 @@ def why_wrong_gradients(
     return None
 
 
-class ReadySteps(NamedTuple):
-    """Steps that are checked and may be timed, and why the others are not.
-
-    Attributes:
-        steps: of those that agree, by name.
-        skipped: reason of each peer that is not here, breaks or is wrong.
-        failed: reason of each of ours that is wrong.
-    """
-
-    steps: dict[str, Step]
-    skipped: dict[str, str]
-    failed: dict[str, str]
-
-
 def prepare_steps(
     problem: Problem,
     providers: Sequence[Provider],
-    part: str = "train",
     say: Callable[[str], object] = lambda text: 0,
-) -> ReadySteps:
+    part: str = "train",
+) -> Ready[Step]:
     """Prepare, run and check a step of each; a peer that breaks is skipped with its error.
 
     Args:
         problem: the tensors.
         providers: whom to prepare.
-        part: of PASSES.
         say: told the name of each.
+        part: of PASSES.
     """
-    ready = ReadySteps({}, {}, {})
     truth = true_gradients(problem)
     plain = make_step(Provider("eager loop", eager, trains=True), problem)()
     eager_errors = [rms_error(found, true) for found, true in zip(plain, truth, strict=True)]
     del plain
-    for provider in providers:
-        say(provider.name)
-        if reason := provider.why_missing(problem.x_TH.device):
-            ready.skipped[provider.name] = reason
-            continue
-        answer = _prepare_one(provider, problem, part, truth, eager_errors)
-        if isinstance(answer, Step):
-            ready.steps[provider.name] = answer
-        elif provider.is_ours:
-            ready.failed[provider.name] = answer
-        else:
-            ready.skipped[provider.name] = answer
-    return ready
 
+    def check(provider: Provider) -> tuple[Step, str | None]:
+        step = make_step(provider, problem, part)
+        return step, why_wrong_gradients(step(), truth, eager_errors)
 
-def _prepare_one(
-    provider: Provider,
-    problem: Problem,
-    part: str,
-    truth: Gradients,
-    eager_errors: Sequence[float],
-) -> Step | str:
-    """Return the checked step, or why it must not be timed; an error of ours is raised."""
-    try:
-        with quick_autotuning(problem.x_TH.device):
-            step = make_step(provider, problem, part)
-            gradients = step()
-        reason = why_wrong_gradients(gradients, truth, eager_errors)
-    except Exception as error:  # whatever other people's packages raise
-        if provider.is_ours:
-            raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return reason or step
+    return prepare_each(providers, check, problem.x_TH.device, say)

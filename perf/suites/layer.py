@@ -1,6 +1,6 @@
 """Suites that time the layer against its peers: forward, decode, replay, skew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,8 @@ from perf.problems.cases import (
 )
 from perf.problems.peers import ALL_PROVIDERS
 from perf.problems.providers import OURS, Provider
-from perf.problems.ready import prepare
-from perf.problems.tensors import make_problem
+from perf.problems.ready import Ready, prepare
+from perf.problems.tensors import Problem, make_problem
 from perf.simulator.predict import predict
 from perf.suites.bench import Bench
 
@@ -118,9 +118,40 @@ def time_providers(
     Returns:
         timing_of[mode, label of the provider].
     """
-    where = f"{case.name} T={case.num_tokens}"
+    timing_of, load_E = timings_of(bench, case, providers, prepare)
+    if not timing_of:
+        return {}
+    work = useful_work(case.model, case.num_tokens, load_E)
+    for (mode, name), timing in timing_of.items():
+        add_rates(bench, suite, case, name, mode, timing, work)
+    add_peer_ratios(bench, suite, case, providers, timing_of)
+    if case.num_tokens <= MOST_PREDICTED_TOKENS:
+        add_prediction_errors(bench, suite, case, load_E, timing_of)
+    return timing_of
+
+
+def timings_of(
+    bench: Bench,
+    case: Case,
+    providers: Sequence[Provider],
+    prepare: Callable[[Problem, Sequence[Provider], Callable[[str], object]], Ready],
+) -> tuple[dict[tuple[str, str], Timing], np.ndarray]:
+    """Time those of the providers who are right on one case; what goes wrong is kept in words.
+
+    Args:
+        bench: where.
+        case: the problem.
+        providers: who may be timed.
+        prepare: says of a problem's providers what is timed of them, or why nothing is.
+
+    Returns:
+        timing_of[mode, label of the provider], and load_E.
+    """
+    where, load_E = f"{case.name} T={case.num_tokens}", np.zeros(case.model.num_experts, int)
     try:
         problem = make_problem(case, bench.device)
+        ids_A = problem.expert_of_TK.flatten()
+        load_E = torch.bincount(ids_A, minlength=case.model.num_experts).cpu().numpy()
         ready = prepare(problem, bench.keep_providers(providers), bench.say)
         bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]
         bench.failures += [f"{where} {name}: {reason}" for name, reason in ready.failed.items()]
@@ -133,15 +164,8 @@ def time_providers(
         }
     except Exception as error:  # one case must not end the suite
         bench.failures.append(f"{where}: {type(error).__name__}: {error}")
-        return {}
-    load_E = torch.bincount(problem.expert_of_TK.flatten(), minlength=case.model.num_experts)
-    work = useful_work(case.model, case.num_tokens, load_E.cpu().numpy())
-    for (mode, name), timing in timing_of.items():
-        add_rates(bench, suite, case, name, mode, timing, work)
-    add_peer_ratios(bench, suite, case, providers, timing_of)
-    if case.num_tokens <= MOST_PREDICTED_TOKENS:
-        add_prediction_errors(bench, suite, case, load_E.cpu().numpy(), timing_of)
-    return timing_of
+        timing_of = {}
+    return timing_of, load_E
 
 
 def add_rates(

@@ -1,6 +1,7 @@
 """Suites that time training: the backward alone, and forward and backward together."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from perf.measuring.roofline import Work, backward_work, useful_work
 from perf.problems.cases import TINY, Case
 from perf.problems.peers import PEERS
 from perf.problems.providers import PLAIN, Provider
-from perf.problems.tensors import make_problem
 from perf.problems.training import OURS_TRAINING, prepare_steps
 from perf.simulator.backward import predict_backward
 from perf.suites.bench import Bench
@@ -21,6 +21,7 @@ from perf.suites.layer import (
     QUICK_MODELS,
     add_peer_ratios,
     add_rates,
+    timings_of,
 )
 
 TRAINING_TOKENS, QUICK_TRAINING_TOKENS = (32768, 8192, 2048), (8192,)
@@ -81,30 +82,17 @@ def time_steps(
     Returns:
         timing_of[mode, label of the provider].
     """
-    where = f"{case.name} T={case.num_tokens}"
     if reason := why_too_large(case):
         bench.notes.append(f"{case.name}: skipped, {reason}")
         return {}
-    try:
-        problem = make_problem(case, bench.device)
-        ready = prepare_steps(problem, bench.keep_providers(providers), suite, bench.say)
-        bench.notes += [f"{name}: skipped, {reason}" for name, reason in ready.skipped.items()]
-        bench.failures += [f"{where} {name}: {reason}" for name, reason in ready.failed.items()]
-        not_captured = [provider.name for provider in providers if not provider.capturable]
-        label_of = {provider.name: provider.label for provider in providers}
-        timing_of = {
-            (mode, label_of[name]): timing
-            for mode, timings in bench.time(ready.steps, not_captured).items()
-            for name, timing in timings.items()
-        }
-    except Exception as error:  # one case must not end the suite
-        bench.failures.append(f"{where}: {type(error).__name__}: {error}")
+    prepare = partial(prepare_steps, part=suite)
+    timing_of, load_E = timings_of(bench, case, providers, prepare)
+    if not timing_of:
         return {}
-    load_E = torch.bincount(problem.expert_of_TK.flatten(), minlength=case.model.num_experts)
-    add_figures(bench, suite, case, load_E.cpu().numpy(), timing_of)
+    add_figures(bench, suite, case, load_E, timing_of)
     add_peer_ratios(bench, suite, case, providers, timing_of)
     if suite == "backward" and bench.on_gpu and case.num_tokens <= MOST_PREDICTED_TOKENS:
-        add_prediction_errors(bench, case, load_E.cpu().numpy(), timing_of)
+        add_prediction_errors(bench, case, load_E, timing_of)
     return timing_of
 
 

@@ -143,8 +143,8 @@ DIALECTS = [
 ]  # fmt: skip
 
 
-def make_dialect(dialect: Dialect) -> Call:
-    """Return the call of a dialect."""
+def inputs_of(dialect: Dialect) -> tuple[Inputs, Router, Callable[..., Tensor]]:
+    """Return a dialect's inputs, its router, and what draws further tensors."""
     sizes = {"T": 37, "K": 2, "E": 4, "H": 40, "I": 24} | dialect.sizes
     case = Case(dialect.name, reason=dialect.reason, dtype=dialect.dtype, **sizes)
     inputs = with_kind(make_inputs(case), dialect)
@@ -153,6 +153,13 @@ def make_dialect(dialect: Dialect) -> Call:
         case.K, **{name: value if value is not True else draw(torch.float32, case.E)
                    for name, value in dialect.router.items()}
     )  # fmt: skip
+    return inputs, router, draw
+
+
+def make_dialect(dialect: Dialect) -> Call:
+    """Return the call of a dialect."""
+    inputs, router, draw = inputs_of(dialect)
+    case = inputs.case
     ids_TK = draw_ids(case, dialect.skip)
     if dialect.route == "live":
         ids_TK = choices_of(inputs)

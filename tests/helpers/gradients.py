@@ -9,9 +9,8 @@ from torch import Tensor
 import reference
 from megakernel import Experts, Router
 from reference import ExpertKind, Routing
-from tests.helpers.cases import Case
-from tests.helpers.dialects import DIALECTS, Dialect, draw_ids, drawer, with_kind
-from tests.helpers.inputs import Inputs, make_inputs
+from tests.helpers.dialects import DIALECTS, Dialect, draw_ids, inputs_of
+from tests.helpers.inputs import Inputs
 
 # Eager PyTorch keeps these in their own dtype where that is the wider one.
 KEPT_WIDE = (
@@ -68,14 +67,8 @@ class Problem:
 
 def make_problem(dialect: Dialect) -> Problem:
     """Return the problem of one of ``LAYERS``, of the tensors that ``make_dialect`` draws."""
-    sizes = {"T": 37, "K": 2, "E": 4, "H": 40, "I": 24} | dialect.sizes
-    case = Case(dialect.name, reason=dialect.reason, dtype=dialect.dtype, **sizes)
-    inputs = with_kind(make_inputs(case), dialect)
-    draw = drawer(inputs)
-    router = Router(
-        case.K, **{name: value if value is not True else draw(torch.float32, case.E)
-                   for name, value in dialect.router.items()}
-    )  # fmt: skip
+    inputs, router, draw = inputs_of(dialect)
+    case = inputs.case
     ids_TK = draw_ids(case, dialect.skip).to(dialect.ids_dtype)
     is_given = dialect.route == "given"
     given_TK = draw(dialect.gate_dtype, case.T, case.K) if is_given else None

@@ -1,5 +1,7 @@
 """The Python machine for a call, and what it leaves beside what the kernel does."""
 
+from random import Random
+
 import torch
 from torch import Tensor
 
@@ -74,3 +76,17 @@ def assert_same_buffers(call: Call) -> None:
             assert_close(name, actual=found, expected=expected, written=written, step=step)
         else:
             assert_same_bits(actual=found, expected=expected)
+
+
+def assert_any_order_leaves_the_same(call: Call) -> None:
+    """Fail unless any number of workers, in any order, leaves what one of them does."""
+    alone = machine_of(call)
+    alone.run()
+    for num_workers in (2, 7, 50):
+        machine = machine_of(call)
+        machine.run(num_workers, Random(num_workers))
+        assert sorted(machine.finished) == alone.finished
+        for name in machine.memory.writer:
+            assert_same_bits(
+                actual=machine.memory.values[name], expected=alone.memory.values[name]
+            )

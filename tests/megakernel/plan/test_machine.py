@@ -1,7 +1,5 @@
 """The kernel leaves in every buffer what the Python machine does, in every list and dialect."""
 
-from random import Random
-
 import pytest
 from _pytest.mark import ParameterSet
 
@@ -9,10 +7,13 @@ from megakernel.launch.call import make_spec
 from megakernel.plan.forward import SEGMENTS
 from megakernel.plan.schedule import Schedule
 from tests.helpers.cases import SHAPES, Case, name_of
-from tests.helpers.compare import assert_same_bits
 from tests.helpers.dialects import DIALECTS, Dialect, make_dialect
 from tests.helpers.inputs import make_inputs
-from tests.helpers.plan.machines import assert_same_buffers, machine_of
+from tests.helpers.plan.machines import (
+    assert_any_order_leaves_the_same,
+    assert_same_buffers,
+    machine_of,
+)
 from tests.helpers.specs import live_call
 
 # In `make test` one dialect of each sort; `make test-all` runs every one.
@@ -99,13 +100,4 @@ def test_no_wait_can_be_left_out(dialect: Dialect, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dialect", sampled(DIALECTS))
 def test_any_number_of_workers_in_any_order_leaves_the_same_buffers(dialect: Dialect) -> None:
     call = make_dialect(dialect)
-    alone = machine_of(call)
-    alone.run()
-    for num_workers in (2, 7, 50):
-        machine = machine_of(call)
-        machine.run(num_workers, Random(num_workers))
-        assert sorted(machine.finished) == alone.finished
-        for name in machine.memory.writer:
-            assert_same_bits(
-                actual=machine.memory.values[name], expected=alone.memory.values[name]
-            )
+    assert_any_order_leaves_the_same(call)

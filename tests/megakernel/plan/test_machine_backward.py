@@ -17,7 +17,11 @@ from tests.helpers.compare import assert_same_bits
 from tests.helpers.dialects import TINY, Dialect, make_dialect
 from tests.helpers.gradients import LAYERS, relative_error
 from tests.helpers.plan.backwards import Backward, make_backward
-from tests.helpers.plan.machines import assert_same_buffers, machine_of
+from tests.helpers.plan.machines import (
+    assert_any_order_leaves_the_same,
+    assert_same_buffers,
+    machine_of,
+)
 
 EVERYTHING = Dialect(
     "everything", "every kind of task and every gradient there is", shared=(56, True),
@@ -272,17 +276,7 @@ def test_no_signal_of_any_kind_of_task_can_be_left_out(
 @pytest.mark.slow
 @pytest.mark.parametrize("save", SAVES)
 def test_any_number_of_workers_in_any_order_leaves_the_same_buffers(save: str) -> None:
-    call = make_backward(small(EVERYTHING), save).call
-    alone = machine_of(call)
-    alone.run()
-    for num_workers in (2, 7, 50):
-        machine = machine_of(call)
-        machine.run(num_workers, Random(num_workers))
-        assert sorted(machine.finished) == alone.finished
-        for name in machine.memory.writer:
-            assert_same_bits(
-                actual=machine.memory.values[name], expected=alone.memory.values[name]
-            )
+    assert_any_order_leaves_the_same(make_backward(small(EVERYTHING), save).call)
 
 
 def test_gradients_do_not_depend_on_the_placement_of_the_forward() -> None:

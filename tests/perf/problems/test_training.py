@@ -64,7 +64,7 @@ def test_who_trains_computes_the_router():
 @pytest.fixture(scope="module")
 def ours(problem):
     """A checked backward of each way to train our layer."""
-    steps, skipped, failed = prepare_steps(problem, OURS_TRAINING, "backward")
+    steps, skipped, failed = prepare_steps(problem, OURS_TRAINING, part="backward")
     assert not skipped and not failed
     return steps
 
@@ -103,7 +103,7 @@ def test_float32_gradients_are_overwritten_or_added_as_the_name_says(ours):
 
 def test_a_wrong_gradient_of_ours_is_a_failure_and_an_error_is_raised(problem):
     wrong = replace(scaled("down_EHI", 1.2), is_ours=True)
-    steps, skipped, failed = prepare_steps(problem, (wrong,), "backward")
+    steps, skipped, failed = prepare_steps(problem, (wrong,), part="backward")
     assert not steps and not skipped
     assert failed[wrong.name].startswith("wrong gradient of down_EHI: error")
 
